@@ -1,0 +1,1 @@
+"""What the configuration is read, checked and explained with; its sections are in `config.py`."""

@@ -1,0 +1,219 @@
+"""One generation's processes: watching them through pidfds, ending the whole tree, orphans.
+
+Processes are found by what the kernel says of them: a worker's API process leads a session, and
+every process the supervisor makes carries `CITADEL_RUNTIME` in the environment it was started with,
+which forks inherit. No process is waited for that is not named: never waitpid(-1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+MARK = "CITADEL_RUNTIME"
+"""Environment variable of every process made by a supervisor: its runtime directory."""
+
+UNKNOWN_STATUS = -256
+"""The exit status of a process whose parent is another."""
+
+
+class ProcessWatch:
+    """Watches one process; `on_exit(status)` is called once when it has ended.
+
+    Status: the exit code, or minus the signal's number; UNKNOWN_STATUS if it was never our child.
+    """
+
+    def __init__(self, pid: int, on_exit: Callable[[int], None]) -> None:
+        """Raises ProcessLookupError when there is no such process."""
+        self.pid = pid
+        self._on_exit = on_exit
+        self._fd = os.pidfd_open(pid)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._fd, self._exited)
+
+    def alive(self) -> bool:
+        """Whether the process has not ended, asked of the kernel now."""
+        if self._fd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return not poll.poll(0)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to this very process, never to a successor of its pid."""
+        if self._fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, number)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _exited(self) -> None:
+        status = reap(self.pid)
+        self.close()
+        self._on_exit(status)
+
+
+def reap(pid: int) -> int:
+    """The exit status of an ended child; UNKNOWN_STATUS when it is not ours or has not ended."""
+    try:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return UNKNOWN_STATUS
+    return os.waitstatus_to_exitcode(status) if ended else UNKNOWN_STATUS
+
+
+def signal_name(status: int) -> str:
+    """Human form of an exit status: "exit code 70", "killed by SIGKILL"."""
+    if status == UNKNOWN_STATUS:
+        return "ended"
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-status).name}"
+    return f"exit code {status}"
+
+
+class ProcessEntry:
+    """One line of the process table, as /proc/PID/stat has it."""
+
+    __slots__ = ("cpu_ticks", "pid", "ppid", "session", "state")
+
+    def __init__(self, pid: int, state: str, ppid: int, session: int, cpu_ticks: int) -> None:
+        self.pid = pid
+        self.state = state
+        self.ppid = ppid
+        self.session = session
+        self.cpu_ticks = cpu_ticks
+
+
+def read_process(pid: int) -> ProcessEntry | None:
+    """The process's line, or None when it is gone. `cpu_ticks` is user and system time."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return ProcessEntry(pid, fields[0], int(fields[1]), int(fields[3]), int(fields[11]) + int(fields[12]))
+
+
+def process_table() -> dict[int, ProcessEntry]:
+    """Every process of the host by pid; takes a few milliseconds for some hundred processes."""
+    entries = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return {entry.pid: entry for entry in entries if entry is not None}
+
+
+def tree_of(leader: int, table: dict[int, ProcessEntry]) -> list[ProcessEntry]:
+    """The processes of the leader's session and all descendants of the leader."""
+    members = {leader}
+    grew = True
+    while grew:
+        more = {entry.pid for entry in table.values() if entry.ppid in members or entry.session == leader}
+        grew = not more <= members
+        members |= more
+    return [table[pid] for pid in members if pid in table]
+
+
+def carries_mark(pid: int, runtime: Path) -> bool:
+    """Whether the process was made by the supervisor of that runtime directory."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return f"{MARK}={runtime}".encode() in environment.split(b"\0")
+
+
+async def end_tree(leader: int, patience_s: float = 10.0) -> bool:
+    """SIGKILL the leader's whole tree and reap what is ours of it; True once nothing is left.
+
+    A process may fork between the look and the signal, so it looks again until the tree is empty. A
+    zombie counts until it is reaped: its other threads may still be ending, with memory and cores.
+    """
+    deadline = asyncio.get_running_loop().time() + patience_s
+    pause = 0.002
+    while True:
+        left = [entry for entry in tree_of(leader, process_table()) if not _gone(entry)]
+        if not left:
+            return True
+        _kill(entry.pid for entry in left if entry.state != "Z")
+        if asyncio.get_running_loop().time() > deadline:
+            return all(entry.state == "Z" for entry in left)
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 0.1)
+
+
+def _gone(entry: ProcessEntry) -> bool:
+    """Whether this zombie child of ours could be reaped now."""
+    return entry.state == "Z" and entry.ppid == os.getpid() and reap(entry.pid) != UNKNOWN_STATUS
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class Orphans:
+    """The children of this process that nobody meant it to have.
+
+    What a dead worker or zygote leaves behind is handed by the kernel to the supervisor, a child
+    subreaper. `known` are the children that have an owner; `starting` counts launches whose process
+    has not said hello yet, during which nothing is swept.
+    """
+
+    def __init__(self, runtime: Path) -> None:
+        self._runtime = runtime
+        self._doomed: set[int] = set()
+        self.known: set[int] = set()
+        self.sessions: set[int] = set()
+        self.starting = 0
+
+    def sweep(self) -> list[int]:
+        """Kill and reap them; returns the pids newly found. Takes some milliseconds."""
+        if self.starting:
+            return []
+        mine = [entry for entry in process_table().values() if entry.ppid == os.getpid()]
+        strangers = [entry for entry in mine if entry.pid not in self.known and self._ours(entry)]
+        found = [entry.pid for entry in strangers if entry.pid not in self._doomed]
+        for entry in strangers:
+            if entry.state == "Z":
+                reap(entry.pid)
+                self._doomed.discard(entry.pid)
+            else:
+                _kill([entry.pid])
+                self._doomed.add(entry.pid)
+        return found
+
+    def _ours(self, entry: ProcessEntry) -> bool:
+        # A zombie has no environment left to read; it is known by its session or from before.
+        if entry.pid in self._doomed or entry.session in self.sessions:
+            return True
+        return entry.state != "Z" and carries_mark(entry.pid, self._runtime)
+
+
+async def end_survivors(runtime: Path, patience_s: float = 5.0) -> list[int]:
+    """Kill what an earlier supervisor of the same runtime directory left; returns the pids.
+
+    Call before anything is started, with the runtime directory's lock held.
+    """
+    deadline = asyncio.get_running_loop().time() + patience_s
+    ended: list[int] = []
+    while True:
+        survivors = [
+            entry.pid
+            for entry in process_table().values()
+            if entry.state != "Z" and entry.pid != os.getpid() and carries_mark(entry.pid, runtime)
+        ]
+        if not survivors or asyncio.get_running_loop().time() > deadline:
+            return ended
+        ended += [pid for pid in survivors if pid not in ended]
+        _kill(survivors)
+        await asyncio.sleep(0.01)
