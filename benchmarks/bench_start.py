@@ -1,6 +1,6 @@
 """Cold start of four models, recovery from `kill -9` of an engine core, and memory: ours beside stock.
 
-    python benchmarks/bench_start.py
+    python -m benchmarks.bench_start
 
 Both serve the same weights with the same settings (eager, 256 MiB of KV cache each), one after the
 other in one run. Stock is vLLM's own OpenAI server, four of them started together; when its engine

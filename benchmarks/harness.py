@@ -45,7 +45,7 @@ def ask(port: int, model: str, timeout_s: float = 120.0) -> bool:
     """Whether the server gives a good answer to a short chat request."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "Name the capital of France."}],
         "max_tokens": 8,
         "temperature": 0,
     }
@@ -150,7 +150,7 @@ class Stock:
     def start(self, model: str) -> None:
         """Start, or start again, one server."""
         command = [
-            sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", str(CHECKPOINT),
+            sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(CHECKPOINT),
             "--served-model-name", model, "--host", "127.0.0.1", "--port", str(self.ports[model]),
             "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN),
             "--kv-cache-memory-bytes", str(KV_CACHE), *self.extra,

@@ -41,7 +41,7 @@ from citadel_supervisor.placement import place
 from citadel_supervisor.states import WorkerSnapshot, WorkerState
 from citadel_supervisor.supervisor import Supervisor
 from citadel_supervisor.topology import read_topology
-from citadel_supervisor.workers.fleet import Fleet
+from citadel_supervisor.workers.fleet import STOPPING, Fleet
 from citadel_supervisor.workers.parentage import become_subreaper
 from citadel_supervisor.workers.process import end_survivors
 
@@ -229,7 +229,8 @@ class _Daemon:
         self._gateway.begin_drain()
         for worker in self._fleet.workers.values():
             if not worker.snapshot().ready:
-                worker.stop(0)  # nothing is in flight there, and what waits for it would wait in vain
+                # Nothing is in flight there, and what waits for it would wait in vain.
+                worker.stop(0, STOPPING)
         hurry = asyncio.ensure_future(self._hurry.wait())
         drained = asyncio.ensure_future(self._gateway.drained(self._settings.workers.drain_s))
         await asyncio.wait([hurry, drained], return_when=asyncio.FIRST_COMPLETED)

@@ -19,6 +19,7 @@ usable() {
 
 # find_python [X.Y]: prints an interpreter, of that version where one is given, else $PYTHON where that is
 # set; fails if there is none.
+# shellcheck disable=SC2120
 find_python() {
     local candidates=() candidate
     if [[ $# -gt 0 ]]; then

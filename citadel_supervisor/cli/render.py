@@ -29,7 +29,7 @@ _STYLES = {
     "failed": "red",
     "quarantined": "bold red",
 }
-_COLUMNS = ("MODEL", "STATE", "PORT", "PID", "GEN", "RESTARTS", "CPUS", "MEMORY", "ACTIVE", "SINCE")
+COLUMNS = ("MODEL", "STATE", "PORT", "PID", "GEN", "RESTARTS", "CPUS", "MEMORY", "ACTIVE", "SINCE")
 _DROPPED_FIRST = ("CPUS", "PID", "GEN", "RESTARTS", "SINCE", "MEMORY")
 """What a narrow terminal does without, in this order; `status MODEL` and --json have it all."""
 _NUMBERS = frozenset({"PORT", "PID", "GEN", "RESTARTS", "MEMORY", "ACTIVE"})
@@ -122,12 +122,12 @@ def _row(model: dict[str, Any], now: datetime) -> dict[str, str]:
         str(model["active_requests"]),
         since_text(model, now),
     )
-    return dict(zip(_COLUMNS, values, strict=True))
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def _that_fit(rows: Iterable[dict[str, str]], width: int) -> list[str]:
     rows = list(rows)
-    columns = list(_COLUMNS)
+    columns = list(COLUMNS)
     for column in _DROPPED_FIRST:
         if _width_of(columns, rows, state=min(_state_width(rows), 16)) <= width:
             break

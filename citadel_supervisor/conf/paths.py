@@ -15,12 +15,6 @@ SYSTEM_LOGS = Path("/var/log/citadel")
 DEFAULT_CONFIG = Path("/etc/citadel/citadel.yaml")
 
 
-def default_config() -> Path:
-    """The configuration file when none is named: `$CITADEL_CONFIG`, else `/etc/citadel/citadel.yaml`."""
-    named = os.environ.get("CITADEL_CONFIG")
-    return Path(named) if named else DEFAULT_CONFIG
-
-
 def default_state_dir() -> Path:
     """systemd's, else `/var/lib/citadel` for root, else below the user's state directory."""
     given = _from_systemd("STATE_DIRECTORY")

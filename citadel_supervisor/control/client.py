@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import grp
 import json
 import pwd
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,19 +24,19 @@ PartT = TypeVar("PartT")
 
 
 class ControlClient:
-    """Talks to the daemon behind `socket`.
+    """Talks to the daemon behind the socket at `path`.
 
     Every call raises ControlError with the exit code that tells the failure: DaemonUnreachable, or
     UNKNOWN_MODEL, REFUSED, TIMED_OUT, FAILED. `timeout_s` bounds calls that answer at once; those that
     wait for a worker take a `timeout_s` of their own, None for as long as it takes.
     """
 
-    def __init__(self, socket: Path, timeout_s: float = 10.0) -> None:
-        self.socket = socket
+    def __init__(self, path: Path, timeout_s: float = 10.0) -> None:
+        self.socket = path
         self._timeout_s = timeout_s
         self._http = httpx.Client(
             # verify=False spares reading a bundle of certificates that a unix socket has no use for.
-            transport=httpx.HTTPTransport(uds=str(socket), verify=False),
+            transport=httpx.HTTPTransport(uds=str(path), verify=False),
             base_url=f"{BASE_URL}/{API}",
             trust_env=False,
         )
@@ -96,7 +96,7 @@ class ControlClient:
 
     @staticmethod
     def _path(model: str, collection: str = "models") -> str:
-        if not model or "/" in model:  # would be another path, and no model has such a name
+        if model in ("", ".", "..") or "/" in model:  # would be another path, and no model is called so
             raise ControlError(f"model '{model}' does not exist", CtlExit.UNKNOWN_MODEL)
         return f"/{collection}/{quote(model, safe='')}"
 
@@ -109,6 +109,7 @@ class ControlClient:
         self, method: str, path: str, timeout_s: float | None, body: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         timeout = httpx.Timeout(timeout_s, connect=_connect_s(timeout_s))
+        self._knock()
         with self._translated(timeout_s):
             response = self._http.request(method, path, json=body, timeout=timeout)
             if response.is_error:
@@ -121,6 +122,7 @@ class ControlClient:
         read = None if follow else self._timeout_s
         timeout = httpx.Timeout(read, connect=_connect_s(self._timeout_s))
         request = self._http.build_request("GET", path, params=query, timeout=timeout)
+        self._knock()
         with self._translated(self._timeout_s):
             response = self._http.send(request, stream=True)
         try:
@@ -152,23 +154,31 @@ class ControlClient:
                 f"the supervisor on {self.socket} did not answer within {timeout_s or _CONNECT_S:g} s",
                 CtlExit.TIMED_OUT,
             ) from error
-        except httpx.ConnectError as error:
-            raise self._no_connection(error) from error
         except httpx.TransportError as error:
             raise DaemonUnreachable(str(self.socket), "it ended before its answer did") from error
         except (httpx.HTTPError, ValueError) as error:
             raise ControlError(f"what answers on {self.socket} is no citadel-supervisor: {error}") from error
 
-    def _no_connection(self, error: httpx.ConnectError) -> ControlError:
-        match _errno(error):
-            case errno.ENOENT:
-                return DaemonUnreachable(str(self.socket), "there is no such socket")
-            case errno.ECONNREFUSED:
-                return DaemonUnreachable(str(self.socket), "a dead daemon left it behind")
-            case errno.EACCES | errno.EPERM:
-                return ControlError(self._not_permitted(), CtlExit.REFUSED)
-            case _:
-                return DaemonUnreachable(str(self.socket), str(error))
+    def _knock(self) -> None:
+        """Raise what is wrong with the socket before httpx finds out: it would bury the errno and leak.
+
+        (httpcore 1.0.9 does not close a unix socket that could not be connected.)
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_CONNECT_S)
+            try:
+                probe.connect(str(self.socket))
+            except FileNotFoundError:
+                raise DaemonUnreachable(str(self.socket), "there is no such socket") from None
+            except ConnectionRefusedError:
+                raise DaemonUnreachable(str(self.socket), "a dead daemon left it behind") from None
+            except PermissionError:
+                raise ControlError(self._not_permitted(), CtlExit.REFUSED) from None
+            except (BlockingIOError, TimeoutError):
+                text = f"the supervisor on {self.socket} accepts no connections; it may hang or be overloaded"
+                raise ControlError(text, CtlExit.TIMED_OUT) from None
+            except OSError as error:  # no socket, or its path is too long
+                raise DaemonUnreachable(str(self.socket), error.strerror or str(error)) from None
 
     def _not_permitted(self) -> str:
         """Who may use the socket, as far as the caller is allowed to know."""
@@ -187,15 +197,6 @@ class ControlClient:
 
 def _connect_s(timeout_s: float | None) -> float:
     return _CONNECT_S if timeout_s is None else min(_CONNECT_S, timeout_s)
-
-
-def _errno(error: BaseException | None) -> int | None:
-    """The errno of the system call behind `error`."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _name(look_up: Callable[[int], Sequence[Any]], number: int) -> str:

@@ -28,7 +28,7 @@ MAX_CONNECTIONS = 64
 MAX_HEAD = 16 * 1024
 """Request line and headers, in bytes."""
 _MAX_MESSAGE = 1024 * 1024
-"""A request that goes on past this is cut off; the answer to it was given long before."""
+"""A client that goes on past this is cut off; it had its answer long before."""
 _HEAD_DEADLINE_S = 10.0
 _LINGER_S = 1.0
 """How long a refused client may take to read why."""
@@ -165,9 +165,11 @@ class ControlProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
         self._unfinished += len(data)
+        if self._refused:
+            if self._unfinished > _MAX_MESSAGE:
+                self.transport.abort()
+            return
         super().data_received(data)
         if self.transport.is_closing():
             return

@@ -41,6 +41,7 @@ _HOP_BY_HOP = frozenset(
         b"te", b"trailer", b"transfer-encoding", b"upgrade",
     }
 )  # fmt: skip
+_USUAL_CONNECTION = frozenset({b"keep-alive", b"close"})
 _NOT_TO_ENGINE = _HOP_BY_HOP | {
     b"content-length", b"expect", b"host", b"x-request-id",
     # Keys and sessions are between the client and the gateway; an engine might log them.
@@ -155,7 +156,7 @@ class Relay:
 
     async def _attempt(self, request: Request, lease: Lease, send: Send) -> None:
         """One try on one generation. Raises UpstreamError; output has begun if `request.status` is set."""
-        headers = [header for header in request.headers if header[0] not in _NOT_TO_ENGINE]
+        headers = _passed_on(request.headers, _NOT_TO_ENGINE)
         headers.append((b"x-request-id", request.request_id))
         target = request.endpoint.encode()
         if request.query:
@@ -211,7 +212,7 @@ async def _begin(request: Request, exchange: Exchange, send: Send) -> None:
     """Send the head of the answer: from here on the request is this generation's."""
     request.first_byte_s = time.perf_counter() - request.arrived
     request.status = exchange.status
-    headers = [header for header in exchange.headers if header[0] not in _NOT_TO_CLIENT]
+    headers = _passed_on(exchange.headers, _NOT_TO_CLIENT)
     headers += _own_headers(request)
     await send({"type": "http.response.start", "status": exchange.status, "headers": headers})
 
@@ -243,6 +244,14 @@ def _own_headers(request: Request) -> list[Header]:
     if request.generation:
         headers.append((b"x-citadel-generation", b"%d" % request.generation))
     return headers
+
+
+def _passed_on(headers: list[Header], dropped: frozenset[bytes]) -> list[Header]:
+    """`headers` without those `dropped` and those that Connection names as its hop's own."""
+    for name, value in headers:
+        if name == b"connection" and value.lower() not in _USUAL_CONNECTION:
+            dropped |= {token.strip().lower() for token in value.split(b",")}
+    return [header for header in headers if header[0] not in dropped]
 
 
 def _is_stream(headers: list[Header]) -> bool:

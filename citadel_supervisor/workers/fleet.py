@@ -29,6 +29,7 @@ AskAddress = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]
 """`ask(address, method, path, body)`: one HTTP exchange with the engine at a unix socket."""
 
 MEMORY_EVERY_S = 5.0
+STOPPING = "the supervisor is stopping"
 
 
 class Fleet:
@@ -81,19 +82,19 @@ class Fleet:
         """Run every worker, its watch and the zygote until cancelled; then end what is left."""
         async with asyncio.TaskGroup() as tasks:
             if self.zygote is not None:
-                tasks.create_task(self.zygote.run(), name="zygote")
+                tasks.create_task(_kept_going(self.zygote.run), name="zygote")
             for name, worker in self.workers.items():
                 tasks.create_task(worker.run(), name=f"worker {name}")
                 watch = WorkerWatch(worker, self._settings.workers.health, self._ask_worker(worker))
-                tasks.create_task(watch.run(), name=f"watch {name}")
+                tasks.create_task(_kept_going(watch.run), name=f"watch {name}")
                 if self._settings.models[name].enabled:
                     worker.start()
-            tasks.create_task(self._measure(), name="memory")
+            tasks.create_task(_kept_going(self._measure), name="memory")
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Drain and stop every worker at once; returns when no process of theirs is left."""
         for worker in self.workers.values():
-            worker.stop(drain_s)
+            worker.stop(drain_s, STOPPING)
         for worker in self.workers.values():
             await worker.settled()
 
@@ -109,9 +110,9 @@ class Fleet:
             worker, model = self.workers[name], settings.models[name]
             worker.model = model
             if before.models[name].enabled and not model.enabled:
-                worker.stop()
+                worker.stop(reason="disabled in the configuration")
             elif model.enabled and (not before.models[name].enabled or worker.wanted == "running"):
-                worker.restart()
+                worker.restart(reason="its configuration changed")
 
     def all_ready(self) -> bool:
         """Whether every enabled model is ready."""
@@ -138,7 +139,9 @@ class Fleet:
         return self._settings.state_dir / "cache"
 
     def _mark(self) -> dict[str, str]:
-        return {MARK: str(self._runtime)}
+        # Without SPT_NOENV a process that gives itself a title overwrites its environment with it, and no
+        # mark can be read any more.
+        return {MARK: str(self._runtime), "SPT_NOENV": "1"}
 
     def _environment(self, spec: LaunchSpec, model: ModelSettings) -> Mapping[str, str]:
         environment = engine_environment(
@@ -203,11 +206,18 @@ class Fleet:
                 name: worker.generation.pid if worker.generation is not None else None
                 for name, worker in self.workers.items()
             }
-            try:
-                self.memory = await asyncio.to_thread(tree_memory, leaders)
-            except OSError as error:
-                logger.warning("memory of the workers cannot be measured: {}", error)
+            self.memory = await asyncio.to_thread(tree_memory, leaders)
             await asyncio.sleep(MEMORY_EVERY_S)
+
+
+async def _kept_going(run: Callable[[], Awaitable[None]]) -> None:
+    """Run something that only watches or helps, for ever: a bug in it is logged, never the daemon's end."""
+    while True:
+        try:
+            await run()
+        except Exception as error:
+            logger.opt(exception=error).error("a bug in a task that goes on: {!r}", error)
+        await asyncio.sleep(1.0)
 
 
 def _architectures(model: ModelSettings) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from citadel_supervisor.config import ModelSettings
+from citadel_supervisor.errors import LaunchError
 from citadel_supervisor.workers.launch import Core, Hello, LaunchSpec, Report, decode_report
 from citadel_supervisor.workers.lines import OpenOutput, read_lines
 from citadel_supervisor.workers.process import Orphans, ProcessWatch, end_tree
@@ -47,8 +48,8 @@ class Emptied:
 
 Occurrence = Reported | Exited | Emptied
 
-HELLO_WITHIN_S = 5.0
-"""A fork of the zygote takes some 20 ms; one that has not said who it is by then never will."""
+HELLO_WITHIN_S = 15.0
+"""A fork of the zygote takes 30 ms, forks wait for each other; one silent for so long never will speak."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +98,22 @@ class Generation:
                 await zygote.launch(self.spec, status, output)
                 self._forking = True
                 self._workshop.orphans.starting += 1
+                await self._forked(zygote)
         finally:
             for descriptor in (status_read, status, output):
                 if descriptor >= 0:
                     os.close(descriptor)
+
+    async def _forked(self, zygote: Zygote) -> None:
+        """Wait for the fork to say who it is; a zygote that cannot fork is replaced."""
+        try:
+            await asyncio.wait_for(self._known.wait(), HELLO_WITHIN_S)
+        except TimeoutError:
+            self._fork_is_over()
+            zygote.replace()
+            raise LaunchError(
+                f"the zygote has not forked within {HELLO_WITHIN_S:g} s; it is replaced"
+            ) from None
 
     def alive(self) -> bool:
         """Whether the processes known so far all live, asked of the kernel now."""

@@ -14,9 +14,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """An operator wants it stopped, or (`again`) stopped and started."""
+    """It is to be stopped, or (`again`) stopped and started."""
 
     drain_s: float
+    reason: str
     again: bool = False
 
 

@@ -59,6 +59,8 @@ class ProcessWatch:
 
     def _exited(self) -> None:
         status = reap(self.pid)
+        if status == UNKNOWN_STATUS:
+            status = _status_of_zombie(self.pid)
         self.close()
         self._on_exit(status)
 
@@ -70,6 +72,15 @@ def reap(pid: int) -> int:
     except ChildProcessError:
         return UNKNOWN_STATUS
     return os.waitstatus_to_exitcode(status) if ended else UNKNOWN_STATUS
+
+
+def _status_of_zombie(pid: int) -> int:
+    """How another's child ended, while its parent has not waited for it; else UNKNOWN_STATUS."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+    except OSError:
+        return UNKNOWN_STATUS
+    return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] == b"Z" else UNKNOWN_STATUS
 
 
 def signal_name(status: int) -> str:
@@ -85,14 +96,18 @@ def signal_name(status: int) -> str:
 class ProcessEntry:
     """One line of the process table, as /proc/PID/stat has it."""
 
-    __slots__ = ("cpu_ticks", "pid", "ppid", "session", "state")
+    __slots__ = ("began", "cpu_ticks", "pid", "ppid", "session", "state")
 
-    def __init__(self, pid: int, state: str, ppid: int, session: int, cpu_ticks: int) -> None:
+    def __init__(
+        self, pid: int, state: str, ppid: int, session: int, cpu_ticks: int, began: int = 0
+    ) -> None:
         self.pid = pid
         self.state = state
         self.ppid = ppid
         self.session = session
         self.cpu_ticks = cpu_ticks
+        self.began = began
+        """When it started, in ticks since the host did: tells it from a successor of its pid."""
 
 
 def read_process(pid: int) -> ProcessEntry | None:
@@ -102,7 +117,8 @@ def read_process(pid: int) -> ProcessEntry | None:
     except OSError:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
-    return ProcessEntry(pid, fields[0], int(fields[1]), int(fields[3]), int(fields[11]) + int(fields[12]))
+    ticks = int(fields[11]) + int(fields[12])
+    return ProcessEntry(pid, fields[0], int(fields[1]), int(fields[3]), ticks, int(fields[19]))
 
 
 def process_table() -> dict[int, ProcessEntry]:
@@ -111,9 +127,11 @@ def process_table() -> dict[int, ProcessEntry]:
     return {entry.pid: entry for entry in entries if entry is not None}
 
 
-def tree_of(leader: int, table: dict[int, ProcessEntry]) -> list[ProcessEntry]:
-    """The processes of the leader's session and all descendants of the leader."""
-    members = {leader}
+def tree_of(
+    leader: int, table: dict[int, ProcessEntry], besides: Iterable[int] = ()
+) -> list[ProcessEntry]:
+    """The processes of the leader's session and all descendants of the leader and of `besides`."""
+    members = {leader, *besides}
     grew = True
     while grew:
         more = {entry.pid for entry in table.values() if entry.ppid in members or entry.session == leader}
@@ -135,12 +153,18 @@ async def end_tree(leader: int, patience_s: float = 10.0) -> bool:
     """SIGKILL the leader's whole tree and reap what is ours of it; True once nothing is left.
 
     A process may fork between the look and the signal, so it looks again until the tree is empty. A
-    zombie counts until it is reaped: its other threads may still be ending, with memory and cores.
+    zombie counts until it is reaped: its other threads may still be ending, with memory and cores. What
+    once was seen in the tree stays in it, with all below it, though its parent has died meanwhile.
     """
     deadline = asyncio.get_running_loop().time() + patience_s
     pause = 0.002
+    members: dict[int, int] = {}
     while True:
-        left = [entry for entry in tree_of(leader, process_table()) if not _gone(entry)]
+        table = process_table()
+        roots = {pid for pid, began in members.items() if pid in table and table[pid].began == began}
+        found = tree_of(leader, table, roots)
+        members = {entry.pid: entry.began for entry in found}
+        left = [entry for entry in found if not _gone(entry)]
         if not left:
             return True
         _kill(entry.pid for entry in left if entry.state != "Z")

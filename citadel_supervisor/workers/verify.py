@@ -44,16 +44,24 @@ async def check_known_answer(
         return _compare(record, token_ids, logprobs, tolerance)
     token_ids, logprobs = await _answer(ask, model_id, DEFAULT_PROMPT)
     again = (await _answer(ask, model_id, DEFAULT_PROMPT))[1]
-    worst = max(abs(one - other) for one, other in zip(logprobs, again, strict=True))
-    if worst > REPEAT_TOLERANCE:
+    worst = max((abs(one - other) for one, other in zip(logprobs, again, strict=False)), default=math.inf)
+    if len(again) != len(logprobs) or worst > REPEAT_TOLERANCE:
         raise VerifyError(
             f"the same prompt gave log-probabilities {worst:.4f} nats apart: it does not repeat"
         )
     made_with = f"first run of {model_id}, kv cache {model.kv_cache_dtype}"
-    KnownAnswer(
-        prompt=DEFAULT_PROMPT, token_ids=token_ids, logprobs=logprobs, dtype=model.dtype, made_with=made_with
-    ).save(path)
-    return f"finite and repeatable over {len(token_ids)} tokens; kept as the record"
+    try:
+        record = KnownAnswer(
+            prompt=DEFAULT_PROMPT,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            dtype=model.dtype,
+            made_with=made_with,
+        )
+    except ValueError as error:
+        raise VerifyError(f"the log-probabilities make no sense: {error}") from error
+    record.save(path)
+    return f"finite and repeatable over {len(logprobs)} tokens; kept as the record"
 
 
 def _record_path(model: ModelSettings, records: Path) -> Path:
@@ -70,28 +78,37 @@ def _record_path(model: ModelSettings, records: Path) -> Path:
 
 
 async def _answer(ask: Ask, model_id: str, prompt: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    body = {"model": model_id, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    """The prompt's token ids, and the log-probability of each but the first."""
+    body = {
+        "model": model_id,
+        "prompt": prompt,
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprobs": 0,
+        "return_token_ids": True,
+    }
     status, answer = await ask("POST", "/v1/completions", msgspec.json.encode(body))
     if status != 200:
         text = answer[:300].decode(errors="replace")
         raise WorkerError(f"the known-answer check was answered with status {status}: {text}")
     try:
-        tokens: list[dict[str, Any] | None] = msgspec.json.decode(answer)["choices"][0]["prompt_logprobs"]
-        chosen = [next(iter(token.items())) for token in tokens[1:] if token]
-        logprobs = tuple(float(entry["logprob"]) for _token_id, entry in chosen)
-    except (msgspec.DecodeError, KeyError, IndexError, TypeError, StopIteration, ValueError) as error:
+        choice: dict[str, Any] = msgspec.json.decode(answer)["choices"][0]
+        token_ids = tuple(int(token_id) for token_id in choice["prompt_token_ids"])
+        # The first token is not predicted by anything: its entry is null.
+        entries = zip(token_ids[1:], choice["prompt_logprobs"][1:], strict=True)
+        logprobs = tuple(float(entry[str(token_id)]["logprob"]) for token_id, entry in entries)
+    except (msgspec.DecodeError, KeyError, IndexError, TypeError, ValueError) as error:
         # vLLM answers NaN as a bare NaN, which is not JSON: a broken model shows up here too.
         raise VerifyError(f"the log-probabilities cannot be read ({error}); a NaN among them?") from error
     if not logprobs or not all(math.isfinite(value) for value in logprobs):
         raise VerifyError("a log-probability is not finite")
-    return tuple(int(token_id) for token_id, _entry in chosen), logprobs
+    return token_ids, logprobs
 
 
 def _compare(
     record: KnownAnswer, token_ids: tuple[int, ...], logprobs: tuple[float, ...], tolerance: float
 ) -> str:
-    expected_ids = record.token_ids[-len(token_ids) :]
-    if len(logprobs) != len(record.logprobs) or token_ids != expected_ids:
+    if token_ids != record.token_ids:
         raise VerifyError("the prompt is split into other tokens than recorded: another tokenizer?")
     differences = [abs(one - other) for one, other in zip(logprobs, record.logprobs, strict=True)]
     mean = sum(differences) / len(differences)

@@ -42,8 +42,8 @@ class WorkerWatch:
             await asyncio.sleep(self._settings.check_interval_s)
             seen = self._worker.snapshot()
             generation = self._worker.generation
-            if generation is None or seen.state in (S.STOPPING, S.FAILED):
-                continue
+            if generation is None or not seen.launch or seen.state in (S.STOPPING, S.FAILED):
+                continue  # without a launch it still waits for the zygote, which has a bound of its own
             if seen.generation != self._number:
                 self._begin(seen, loop.time())
             reading = await self._read(seen, generation, loop.time())

@@ -74,6 +74,7 @@ class Worker:
         self._wanted: Wanted = "stopped"
         self._generation: Generation | None = None
         self._fatal: Fatal | None = None
+        self._stop_reason = ""
         self._leases = Leases(self._on_idle)
         self._waiting = 0
         self._drain_timer: asyncio.TimerHandle | None = None
@@ -109,13 +110,14 @@ class Worker:
         """Ask for it to run; forgets earlier losses."""
         self._inbox.put_nowait(Start())
 
-    def stop(self, drain_s: float | None = None) -> None:
+    def stop(self, drain_s: float | None = None, reason: str = "stopped by an operator") -> None:
         """Ask for it to stop after at most `drain_s` seconds for the requests in flight."""
-        self._inbox.put_nowait(Stop(self._policy.drain_s if drain_s is None else drain_s))
+        self._inbox.put_nowait(Stop(self._policy.drain_s if drain_s is None else drain_s, reason))
 
-    def restart(self, drain_s: float | None = None) -> None:
+    def restart(self, drain_s: float | None = None, reason: str = "restart asked by an operator") -> None:
         """Ask for a new generation; requests that arrive meanwhile wait for it."""
-        self._inbox.put_nowait(Stop(self._policy.drain_s if drain_s is None else drain_s, again=True))
+        seconds = self._policy.drain_s if drain_s is None else drain_s
+        self._inbox.put_nowait(Stop(seconds, reason, again=True))
 
     def drain(self) -> None:
         """Ask for no new requests; raises CommandRefused unless it is ready."""
@@ -150,18 +152,27 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 while True:
-                    self._handle(await self._inbox.get())
+                    self._handle_contained(await self._inbox.get())
         finally:
             self._leases.cut("the supervisor is stopping")
             if self._generation is not None:
                 await asyncio.shield(self._generation.end(0))
 
+    def _handle_contained(self, message: Message) -> None:
+        """A message that cannot be handled costs the generation, not the supervisor."""
+        try:
+            self._handle(message)
+        except Exception as error:
+            logger.bind(model=self.model_id).exception("a bug: {} could not be handled", message)
+            if not isinstance(message, Failed):
+                self._inbox.put_nowait(Failed(self._seen.generation, f"a bug: {error!r}"))
+
     def _handle(self, message: Message) -> None:
         match message:
             case Start():
                 self._on_start()
-            case Stop(drain_s, again):
-                self._on_stop(drain_s, again)
+            case Stop(drain_s, reason, again):
+                self._on_stop(drain_s, reason, again)
             case Drain():
                 self._on_drain()
             case _ if message.generation != self._seen.generation:
@@ -196,9 +207,9 @@ class Worker:
         elif state is S.DRAINING and not self._ends_after_drain:
             self._move(S.READY, "put back by an operator")
 
-    def _on_stop(self, drain_s: float, again: bool) -> None:
+    def _on_stop(self, drain_s: float, reason: str, again: bool) -> None:
         self._wanted = "running" if again else "stopped"
-        reason = "restart asked by an operator" if again else "stopped by an operator"
+        self._stop_reason = reason
         match self._seen.state:
             case S.READY | S.DRAINING:
                 if self._seen.state is S.READY:
@@ -347,9 +358,7 @@ class Worker:
         self._generation = None
         self._seen = replace(self._seen, pid=None, core_pid=None, progress=Progress())
         if self._wanted == "stopped":
-            self._move(
-                S.STOPPED, self._seen.reason if self._seen.state is S.FAILED else "stopped by an operator"
-            )
+            self._move(S.STOPPED, self._seen.reason if self._seen.state is S.FAILED else self._stop_reason)
         elif self._seen.state is S.STOPPING:
             self._begin(lost=False)
         else:

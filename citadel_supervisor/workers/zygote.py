@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from citadel_supervisor.workers.process import Orphans, ProcessWatch, end_tree, 
 from citadel_supervisor.workers.spawn import spawn_python
 
 ZYGOTE_MODULE = "citadel_supervisor.workers.zygote_process"
+
+PRELOAD_WITHIN_S = 300.0
+"""Seconds of imports: 7 from a warm page cache, a minute or two from a slow disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,12 @@ class Zygote:
         except OSError as error:
             raise LaunchError(f"the zygote cannot be reached: {error.strerror}") from error
 
+    def replace(self) -> None:
+        """End the present zygote, which does not do its work; `run` makes another."""
+        if self.status.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.status.pid, signal.SIGKILL)
+
     async def _one_life(self) -> bool:
         """Start a zygote and stay until it ends; whether it ever became ready."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -108,7 +119,12 @@ class Zygote:
             self._orphans.known.discard(pid)
 
     async def _live(self, ours: socket.socket, pid: int, ended: asyncio.Future[int]) -> bool:
-        hello = await asyncio.get_running_loop().sock_recv(ours, 4096)
+        try:
+            async with asyncio.timeout(PRELOAD_WITHIN_S):
+                hello = await asyncio.get_running_loop().sock_recv(ours, 4096)
+        except TimeoutError:
+            self._fail(f"the zygote is not warm after {PRELOAD_WITHIN_S:g} s and is replaced; see its log")
+            return False
         if not hello:
             self._fail(f"the zygote ended while loading ({signal_name(await ended)}); see its log")
             return False

@@ -180,7 +180,7 @@ class Hosted:
 
 
 @contextmanager
-def hosted(directory: Path) -> Iterator[Hosted]:
+def hosted(directory: Path, group: str | None = None) -> Iterator[Hosted]:
     """A control server with a FakeSupervisor on `directory`/control.sock, in a thread."""
     ready: list[Hosted] = []
     failed: list[BaseException] = []
@@ -191,8 +191,8 @@ def hosted(directory: Path) -> Iterator[Hosted]:
         socket = directory / "control.sock"
         server = ControlServer(
             api,
-            bind_control_socket(socket),
-            gate=Gate.for_group(None),
+            bind_control_socket(socket, group),
+            gate=Gate.for_group(group),
             publish=api.bus.publish,
             log_poll_s=0.01,
             grace_s=1,

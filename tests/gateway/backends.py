@@ -19,6 +19,7 @@ class FakeLease:
         self._backend = backend
 
     def alive(self) -> bool:
+        self._backend.asked.set()
         return self.generation not in self._backend.dead
 
     def release(self) -> None:
@@ -33,6 +34,8 @@ class FakeBackend:
         self.dead: set[int] = set()
         self.waiting = asyncio.Event()
         """Set once a request waits for a generation."""
+        self.asked = asyncio.Event()
+        """Set once somebody wanted to know whether a generation lives."""
         self.waited: list[float] = []
         """What each lease was allowed to wait, in seconds."""
         self._address = ""

@@ -41,6 +41,7 @@ class Rig:
     engines: dict[str, FakeUpstream]
     records: list[RequestDone]
     record: asyncio.Event
+    stack: AsyncExitStack
     clients: list[Client] = field(default_factory=list)
 
     @property
@@ -51,6 +52,13 @@ class Rig:
     def engine(self) -> FakeUpstream:
         """The engine of alpha."""
         return self.engines["alpha"]
+
+    async def next_generation(self) -> FakeUpstream:
+        """A new generation of alpha is ready: its engine, on an address of its own."""
+        path = f"{self.engine.path}.{self.alpha.snapshot().generation + 1}"
+        engine = await self.stack.enter_async_context(FakeUpstream(path))
+        await self.alpha.up(path)
+        return engine
 
     def port(self, purpose: str) -> int:
         socks = {"router": self.ports.router, "metrics": self.ports.metrics, "health": self.ports.health}
@@ -122,7 +130,7 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
             server = DataServer(app, ports, settings.gateway.keep_alive_s)
             await server.start()
             stack.push_async_callback(server.stop, 0.0)
-            rig = Rig(settings, gateway_, server, ports, backends, engines, records, record)
+            rig = Rig(settings, gateway_, server, ports, backends, engines, records, record, stack)
 
             async def leave() -> None:
                 for client in rig.clients:

@@ -1,0 +1,61 @@
+"""Fleets for tests, and the promise that each leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import uvloop
+
+from citadel_supervisor.workers.parentage import become_subreaper
+from tests.conftest import processes_of
+from tests.workers.rig import Rig, make_rig, zombies
+
+
+def pytest_asyncio_loop_factories(config: object, item: object) -> Mapping[str, Callable[[], Any]]:
+    return {"uvloop": uvloop.new_event_loop}
+
+
+class StartFleet(Protocol):
+    """Starts a fleet of fake engines: each keyword but `workers` and `models` is a flag of all."""
+
+    def __call__(
+        self,
+        models: Mapping[str, Mapping[str, Any]] | None = None,
+        workers: Mapping[str, Any] | None = None,
+        **flags: object,
+    ) -> Awaitable[Rig]: ...
+
+
+@pytest.fixture
+async def start_fleet(run_dir: Path, fake_engine: Path) -> AsyncIterator[StartFleet]:
+    """Fleets that are ended after the test; then no process, zombie, socket or file of theirs is left."""
+    become_subreaper()
+    rigs: list[Rig] = []
+
+    async def start(
+        models: Mapping[str, Mapping[str, Any]] | None = None,
+        workers: Mapping[str, Any] | None = None,
+        **flags: object,
+    ) -> Rig:
+        env = {f"FAKE_{name}": str(value) for name, value in flags.items()}
+        fakes = {
+            name: {"python": str(fake_engine), **model, "env": env | model.get("env", {})}
+            for name, model in (models or {"alpha": {}}).items()
+        }
+        rig = make_rig(run_dir, fakes, **(workers or {}))
+        rigs.append(rig)
+        await rig.run()
+        return rig
+
+    yield start
+    crashed = [rig for rig in rigs if rig.crashed]
+    for rig in rigs:
+        await rig.close()
+    assert not crashed, "the fleet itself ended during the test"
+    assert processes_of(run_dir) == []
+    assert zombies() == []
+    assert os.listdir(run_dir / "workers") == []
