@@ -10,7 +10,7 @@ help: ## this text
 	@echo 'citadel-supervisor: make TARGET, where TARGET is one of'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: ## run the demo: daemon, one real model, dashboard (makes what it needs first)
+run: ## run the demo: four models on 11400-11403, router on 8000 (makes what it needs first)
 	@scripts/run
 
 test: ## style, types and all tests, on every Python 3.11 to 3.13 that is installed

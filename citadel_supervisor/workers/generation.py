@@ -81,6 +81,8 @@ class Generation:
     async def start(self, model: ModelSettings) -> None:
         """Make the API process; it reports from then on. Raises LaunchError."""
         os.makedirs(self.spec.scratch, mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.spec.socket)  # an earlier supervisor was killed
         status_read, status = os.pipe()
         output = -1
         try:
@@ -138,7 +140,7 @@ class Generation:
                 await asyncio.wait_for(self._api_gone.wait(), grace_s)
         clean = await end_tree(self.pid) if self.pid is not None else True
         self._fork_is_over()
-        self._workshop.orphans.sweep()
+        await self._workshop.orphans.end_all()
         for watch in self._watches.values():
             watch.close()
         if self.pid is not None:

@@ -182,6 +182,7 @@ def engine_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        "SPT_NOENV": "1",  # else setproctitle writes over /proc/PID/environ, where our mark is
         "TMPDIR": str(scratch),
         "VLLM_RPC_BASE_PATH": str(scratch),
         "VLLM_CACHE_ROOT": str(cache / "vllm"),

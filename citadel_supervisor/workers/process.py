@@ -12,11 +12,15 @@ import contextlib
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 MARK = "CITADEL_RUNTIME"
 """Environment variable of every process made by a supervisor: its runtime directory."""
+
+UNCLAIMED_S = 2.0
+"""A child of ours that ended so long ago is nobody's: whoever had made it would have reaped it."""
 
 UNKNOWN_STATUS = -256
 """The exit status of a process whose parent is another."""
@@ -127,6 +131,19 @@ def process_table() -> dict[int, ProcessEntry]:
     return {entry.pid: entry for entry in entries if entry is not None}
 
 
+def own_children() -> list[ProcessEntry]:
+    """The children of this process, zombies included."""
+    pids: list[int] = []
+    lists = list(Path("/proc/self/task").glob("*/children"))
+    if not lists:  # a kernel without CONFIG_PROC_CHILDREN
+        return [entry for entry in process_table().values() if entry.ppid == os.getpid()]
+    for path in lists:
+        with contextlib.suppress(OSError):  # the thread has ended: its children are another's now
+            pids += map(int, path.read_text(encoding="ascii").split())
+    entries = (read_process(pid) for pid in pids)
+    return [entry for entry in entries if entry is not None]
+
+
 def tree_of(
     leader: int, table: dict[int, ProcessEntry], besides: Iterable[int] = ()
 ) -> list[ProcessEntry]:
@@ -196,16 +213,27 @@ class Orphans:
     def __init__(self, runtime: Path) -> None:
         self._runtime = runtime
         self._doomed: set[int] = set()
+        self._zombies: dict[int, float] = {}
         self.known: set[int] = set()
         self.sessions: set[int] = set()
         self.starting = 0
 
+    async def end_all(self, patience_s: float = 2.0) -> None:
+        """Sweep until none is left; not while a launch is under way."""
+        deadline = time.monotonic() + patience_s
+        while (self.sweep() or self._doomed) and not self.starting and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+
     def sweep(self) -> list[int]:
-        """Kill and reap them; returns the pids newly found. Takes some milliseconds."""
+        """Kill and reap them; returns the pids newly found. Takes less than a millisecond."""
         if self.starting:
             return []
-        mine = [entry for entry in process_table().values() if entry.ppid == os.getpid()]
-        strangers = [entry for entry in mine if entry.pid not in self.known and self._ours(entry)]
+        mine = own_children()
+        strangers = [entry for entry in mine if entry.pid not in self.known]
+        zombies = {entry.pid for entry in strangers if entry.state == "Z"}
+        self._zombies = {pid: self._zombies.get(pid, time.monotonic()) for pid in zombies}
+        self._doomed &= {entry.pid for entry in mine}
+        strangers = [entry for entry in strangers if self._ours(entry)]
         found = [entry.pid for entry in strangers if entry.pid not in self._doomed]
         for entry in strangers:
             if entry.state == "Z":
@@ -217,10 +245,13 @@ class Orphans:
         return found
 
     def _ours(self, entry: ProcessEntry) -> bool:
-        # A zombie has no environment left to read; it is known by its session or from before.
+        # A zombie has no environment left to read; it is known by its session or from before. One that
+        # nobody has asked for in a while has no other owner either.
         if entry.pid in self._doomed or entry.session in self.sessions:
             return True
-        return entry.state != "Z" and carries_mark(entry.pid, self._runtime)
+        if entry.state == "Z":
+            return time.monotonic() - self._zombies[entry.pid] > UNCLAIMED_S
+        return carries_mark(entry.pid, self._runtime)
 
 
 async def end_survivors(runtime: Path, patience_s: float = 5.0) -> list[int]:

@@ -71,9 +71,11 @@ class Client:
         assert data.endswith(b"\r\n")
         return data[:-2]
 
-    async def answer(self) -> Answer:
+    async def answer(self, bodyless: bool = False) -> Answer:
         """A whole answer, or what there was of it before the connection was cut."""
         answer = await self.head()
+        if bodyless:
+            return answer
         try:
             if "content-length" in answer.headers:
                 async with asyncio.timeout(SECONDS):

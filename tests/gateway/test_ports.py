@@ -46,8 +46,7 @@ async def test_anything_else_never_reaches_an_engine(rig: Rig, path: str) -> Non
         client = await rig.client(purpose)
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
             client.get(path, method, {"Content-Length": "0"})
-            answer = await client.head()
-            await client._reader.readexactly(int(answer.headers["content-length"]) if method != "HEAD" else 0)
+            answer = await client.answer(bodyless=method == "HEAD")
             assert answer.status in (404, 405), (purpose, method, answer)
     assert engines_requests(rig) == 0
     assert not rig.records
@@ -356,9 +355,7 @@ async def test_a_bug_within_a_relayed_request_is_recorded_and_frees_everything(r
         raise RuntimeError("a bug")
 
     rig.alpha.lease = broken  # type: ignore[assignment,method-assign]
-    logger.disable("citadel_supervisor")
     answer = await rig.post("/v1/messages")
-    logger.enable("citadel_supervisor")
     assert (answer.status, answer.json()["error"]["type"]) == (500, "api_error")
     assert (await rig.done()).status == 500
     assert rig.gateway.active == 0
