@@ -17,7 +17,8 @@ generation N only, for instance FAKE_EXIT_AT_START=70@1 for a worker that recove
     FAKE_EXIT_AT_START=CODE  exits with CODE after its first report
     FAKE_FATAL=TEXT          reports that it can never start, and exits with 78
     FAKE_TROUBLE=TEXT        reports a failure that may pass, and exits with 70
-    FAKE_CRASH_IN=PHASE      its core is killed in that phase: weights, kv_cache or warm_up
+    FAKE_CRASH_IN=PHASE      its core is killed in that phase: weights, kv_cache or warm_up; its API
+                             process in the known-answer check: check
     FAKE_CRASH_AFTER_S=S     its core is killed S seconds after it became ready
     FAKE_CRASH_REQUEST=N     its core is killed by the N-th request
     FAKE_CRASH_TOKEN=N       its core is killed when a request has got N tokens
@@ -216,13 +217,15 @@ class Api:
         watch = os.pidfd_open(core)
         loop.add_reader(watch, os._exit, 70)
         self._channel.setblocking(False)
-        stop = asyncio.Event()
-        if not self._flags.text("IGNORE_SIGTERM"):
-            loop.add_signal_handler(signal.SIGTERM, stop.set)
         loaded = await loop.sock_recv(self._channel, 7)
         assert loaded == b"loaded\n", loaded
         report(report="loading", phase="serving", done=0, total=0)
-        server = await asyncio.start_unix_server(self._connected, self._spec["socket"], limit=2**26)
+        stop = asyncio.Event()
+        if not self._flags.text("IGNORE_SIGTERM"):
+            loop.add_signal_handler(signal.SIGTERM, stop.set)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self._spec["socket"])
+        server = await asyncio.start_unix_server(self._connected, sock=listener, limit=2**26)
         report(report="serving")
         tokens = asyncio.create_task(self._receive_tokens())
         if self._flags.text("CRASH_AFTER_S"):
@@ -349,6 +352,8 @@ class Api:
             self._send_json(writer, 200, answer | {"usage": usage})
 
     def _send_logprobs(self, writer: asyncio.StreamWriter, request: Request) -> None:
+        if self._flags.text("CRASH_IN") == "check":
+            kill_self()
         token_ids = split(request.body["prompt"], self._flags.text("TOKENIZER"))
         off = self._flags.number("WRONG_ANSWER")
         values: list[Any] = [value - off for value in logprobs(token_ids)]

@@ -13,7 +13,9 @@ With `upstream.answer` set, it is called with each request instead.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import cast
 
@@ -24,10 +26,34 @@ SECONDS = 5.0
 """How long a test waits for anything before it fails."""
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Give the event loop turns until `condition` holds; for what tells nobody when it changes."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@contextlib.contextmanager
+def full_queue(path: str) -> Iterator[None]:
+    """A unix socket on which nobody accepts and the queue of new connections is full."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket(socket.AF_UNIX))
+        full.bind(path)
+        full.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                caller = stack.enter_context(socket.socket(socket.AF_UNIX))
+                caller.setblocking(False)
+                caller.connect(path)
+        yield
+
+
 class Call:
     """One request, and the means to answer it."""
 
-    def __init__(self, connection: _Connection, method: bytes, target: bytes, headers: Headers, body: bytes) -> None:
+    def __init__(
+        self, connection: _Connection, method: bytes, target: bytes, headers: Headers, body: bytes
+    ) -> None:
         self.method = method
         self.target = target
         self.headers = headers
@@ -63,7 +89,10 @@ class Call:
     def reply(self, status: int, body: bytes, headers: Headers | None = None) -> None:
         """A whole answer at once."""
         own = [(b"Content-Length", b"%d" % len(body)), (b"Content-Type", b"application/json")]
-        lines = [b"HTTP/1.1 %d Whatever" % status, *(name + b": " + value for name, value in own + (headers or []))]
+        lines = [
+            b"HTTP/1.1 %d Whatever" % status,
+            *(name + b": " + value for name, value in own + (headers or [])),
+        ]
         self.raw(b"\r\n".join(lines) + b"\r\n\r\n" + body)
 
     def raw(self, data: bytes) -> None:
@@ -144,7 +173,9 @@ class FakeUpstream:
 
     async def __aenter__(self) -> FakeUpstream:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _Connection(self), self.path, backlog=self._backlog)
+        self._server = await loop.create_unix_server(
+            lambda: _Connection(self), self.path, backlog=self._backlog
+        )
         return self
 
     async def __aexit__(

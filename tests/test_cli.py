@@ -239,10 +239,12 @@ def test_restart_goes_one_by_one_and_ends_at_the_first_that_fails(host: Hosted) 
 
 
 def test_what_is_refused_says_why_and_exits_5(host: Hosted) -> None:
-    host.api.refusals["drain"] = CommandRefused("it is stopped: there is nothing to drain")
+    host.api.refusals["drain"] = CommandRefused(
+        "model 'phi-3-mini' is stopped; only a ready one can be drained"
+    )
     result = run(host, "drain", "phi-3-mini")
     assert result.exit_code == 5
-    assert "phi-3-mini: it is stopped: there is nothing to drain" in result.stderr
+    assert result.stderr == "citadelctl: model 'phi-3-mini' is stopped; only a ready one can be drained\n"
     result = run(host, "drain", "phi-3-mini", "--json")
     assert result.exit_code == 5
     assert json.loads(result.stdout)["errors"]["phi-3-mini"]["code"] == "refused"

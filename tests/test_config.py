@@ -128,6 +128,10 @@ def test_the_least_that_must_be_said(tmp_path: Path) -> None:
             "models: {a: {port: 1, checkpoint: /x, aliases: [auto]}}",
             "models.a: the name 'auto' is taken by the router's own word",
         ),
+        (
+            "models: {zygote: {port: 1, checkpoint: /x}}",
+            "models.zygote: the name 'zygote' is taken by the zygote's log",
+        ),
         (f"default_model: gpt\n{MODEL}", "default_model: 'gpt' is not one of phi-3-mini"),
         (
             f"gateway: {{host: 0.0.0.0}}\n{MODEL}",

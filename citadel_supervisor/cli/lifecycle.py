@@ -73,7 +73,7 @@ def _call(
         except ControlError as error:
             if error.code is not CtlExit.TIMED_OUT:
                 raise
-            text = f"not {SETTLED_AS[action]} in time; it goes on: see 'citadelctl status {model}'"
+            text = f"not {SETTLED_AS[action]} in time; it goes on: see citadelctl status {model}"
             raise ControlError(text, CtlExit.TIMED_OUT) from None
 
     return call
@@ -99,7 +99,8 @@ def _tell(session: Session, action: str, no_wait: bool, outcome: Outcome, skippe
             if model not in outcome.failed:
                 click.echo(printable(f"{model}: {DOING[action] if no_wait else state_text(data)}"))
         for model, error in outcome.failed.items():
-            report(session, ControlError(f"{model}: {error}", error.code))
+            text = str(error) if f"'{model}'" in str(error) else f"{model}: {error}"
+            report(session, ControlError(text, error.code))
         if skipped:
             click.echo(f"citadelctl: left as they were: {', '.join(skipped)}", err=True)
     for error in outcome.failed.values():

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 MODEL_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
+RESERVED = {
+    "auto": "the router's own word",
+    "all": "citadelctl's own word",
+    "supervisor": "the daemon's own log",
+    "zygote": "the zygote's log",
+}
+"""Names that no model may have, and what has them."""
+
 
 class Conflicts(ValueError):
     """Settings contradict each other; `problems` as described above."""
@@ -63,7 +71,7 @@ def _shared_ports(settings: Settings) -> Iterator[str]:
 
 
 def _names(settings: Settings) -> Iterator[str]:
-    taken: dict[str, str] = {"auto": "the router's own word"}
+    taken: dict[str, str] = dict(RESERVED)
     for model_id, model in settings.models.items():
         if not MODEL_ID.fullmatch(model_id):
             yield (

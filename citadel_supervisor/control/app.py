@@ -9,11 +9,13 @@ from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+from loguru import logger
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from citadel_supervisor import __version__
 from citadel_supervisor.control.logtail import stream_log
@@ -81,7 +83,18 @@ class ControlApp:
         self._log_poll_s = log_poll_s
         self._reloading = asyncio.Lock()
 
-    def asgi(self) -> Starlette:
+    def asgi(self) -> ASGIApp:
+        routed = self._routed()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await routed(scope, receive, send)
+            except Exception as error:  # a bug; where it still could be, it was answered by _on_bug
+                logger.opt(exception=error).error("control API: a bug answering {}", scope["path"])
+
+        return app
+
+    def _routed(self) -> Starlette:
         return Starlette(
             routes=[
                 Route(f"/{API}/version", self.version),
@@ -320,5 +333,5 @@ async def _on_left(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after this, and uvicorn writes the stack trace to the log.
+    # Starlette raises it again after this, for the log.
     return _answer(ErrorCode.INTERNAL, error_body(ErrorCode.INTERNAL, "internal error; see the daemon's log"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import stat
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -91,10 +92,13 @@ def _remove_dead(path: Path) -> None:
 
 
 class _Config(uvicorn.Config):
-    def __init__(self, app: Starlette, gate: Gate, grace_s: int) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, grace_s: int) -> None:
         self.gate = gate
         self.turned_away: set[ControlProtocol] = set()
         """Connections that were refused and still may read why."""
+        # uvicorn would write a line for each piece of garbage, and past the daemon's own log at that.
+        self.logger = logging.getLogger("citadel_supervisor.control.http")
+        self.logger.setLevel(logging.ERROR)
         super().__init__(
             cast("Any", app),  # the two packages spell the type of an ASGI application differently
             http=ControlProtocol,
@@ -140,6 +144,7 @@ class ControlProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.logger = config.logger
         self._gate = config.gate
         self._turned_away = config.turned_away
         self._refused = False

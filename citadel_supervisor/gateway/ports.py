@@ -119,7 +119,8 @@ class Gateway:
     async def drained(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s` seconds until no request is in flight; False if some still are."""
         if self.active:
-            self._idle = asyncio.get_running_loop().create_future()
+            if self._idle is None or self._idle.done():
+                self._idle = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._idle], timeout=timeout_s)
         return not self.active
 

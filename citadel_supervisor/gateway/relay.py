@@ -24,9 +24,10 @@ from citadel_supervisor.events import RequestDone
 from citadel_supervisor.gateway.asgi import Client, Header
 from citadel_supervisor.gateway.backend import Lease
 from citadel_supervisor.gateway.envelope import error_event, failure_of, refuse
+from citadel_supervisor.gateway.exchange import Exchange
 from citadel_supervisor.gateway.router import Chosen
 from citadel_supervisor.gateway.sse import EventHold, report_error
-from citadel_supervisor.gateway.upstream import Exchange, UpstreamPool
+from citadel_supervisor.gateway.upstream import UpstreamPool
 
 GRACE_S = 0.25
 """After an engine failed a request, the time in which it may turn out that the engine itself is lost."""
@@ -266,7 +267,11 @@ def _lose(exchange: Exchange, lost: asyncio.Future[str]) -> None:
 
 
 async def _is_lost(lease: Lease) -> bool:
-    """Whether the lease's generation is lost; gives that up to GRACE_S to turn out."""
-    if not lease.lost.done() and lease.alive():
+    """Whether the lease's generation is lost; gives that up to GRACE_S to turn out.
+
+    Waits for the worker to know even where the processes are dead already: until then it is "ready", and a
+    request would be given to the same generation once more.
+    """
+    if not lease.lost.done():
         await asyncio.wait([lease.lost], timeout=GRACE_S)
     return lease.lost.done() or not lease.alive()

@@ -12,7 +12,7 @@ import time
 from asyncio.base_events import Server
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp
 from uvicorn.config import Config
@@ -25,6 +25,7 @@ from citadel_supervisor.gateway.sockets import BACKLOG, BoundPorts
 LARGEST_HEAD = 16 * 1024
 """Bytes of a request's target and headers."""
 MOST_HEADERS = 100
+INTERIM = b"HTTP/1.1 100 "
 
 BAD_HTTP = Failure(400, "the request is not valid HTTP", "invalid_http")
 HEAD_TOO_LARGE = Failure(
@@ -36,6 +37,41 @@ class _HeadTooLarge(Exception):
     """Stops the parser."""
 
 
+class _JoinedHead:
+    """The transport of one answer: its head waits for the first bytes of its body.
+
+    Both then leave in one packet and by one system call, which is a tenth of what a short answer costs.
+    """
+
+    __slots__ = ("_begun", "_head", "_transport", "is_closing")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self._begun = False
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if self._begun:
+            self._transport.write(data)
+        elif self._head:
+            self._begun = True
+            self._transport.write(self._head + data)
+        elif data.startswith(INTERIM):
+            self._transport.write(data)
+        else:
+            self._head = data
+
+    def flush(self) -> None:
+        """Send the head of an answer that has no body."""
+        if not self._begun and self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
 class ClientConnection(HttpToolsProtocol):
     """A client's connection; see gateway.asgi.Client. Requests find it in `scope["state"]["client"]`."""
 
@@ -44,6 +80,7 @@ class ClientConnection(HttpToolsProtocol):
         self.left = False
         self._closed = closed
         self._active: RequestResponseCycle | None = None
+        self._answer: _JoinedHead | None = None
         self._on_leave: Callable[[], object] | None = None
         self._in_head = False
         self._head_bytes = 0
@@ -69,13 +106,22 @@ class ClientConnection(HttpToolsProtocol):
     def cut(self) -> None:
         if self._active is not None:
             self._active.disconnected = True  # uvicorn would log an answer that is left unfinished
+        if self._answer is not None:
+            self._answer.flush()
         self.transport.close()
 
     # What uvicorn calls.
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._active = cycle
+        self._answer = _JoinedHead(self.transport)
+        cycle.transport = cast(asyncio.Transport, self._answer)
         super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        if self._answer is not None:
+            self._answer.flush()
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.left = True

@@ -8,6 +8,7 @@ systemd, to the journal; a terminal is spared it. Files are rotated daily and by
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def set_up_logging(settings: LogSettings, directory: Path, models: list[str]) ->
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o750)
         logger.remove()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a line for each garbled request
         logger.add(_standard_error(settings), level=settings.level, format="{message}", filter=_for_operator)
         _add_file(
             settings, directory / "supervisor.log", lambda record: "engine" not in record["extra"], True

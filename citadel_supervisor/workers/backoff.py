@@ -32,5 +32,8 @@ class RestartBudget:
             return None
         if len(self._lost) == 1:
             return 0.0
-        pause = min(settings.initial_s * settings.factor ** (len(self._lost) - 2), settings.maximum_s)
+        try:
+            pause = min(settings.initial_s * settings.factor ** (len(self._lost) - 2), settings.maximum_s)
+        except OverflowError:  # a thousand losses within a long window
+            pause = settings.maximum_s
         return pause * (1 + settings.jitter * (2 * draw - 1))

@@ -28,7 +28,7 @@ from citadel_supervisor.workers.zygote import Zygote, ZygoteStatus
 AskAddress = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]
 """`ask(address, method, path, body)`: one HTTP exchange with the engine at a unix socket."""
 
-MEMORY_EVERY_S = 5.0
+LOOK_EVERY_S = 5.0
 STOPPING = "the supervisor is stopping"
 
 
@@ -89,7 +89,7 @@ class Fleet:
                 tasks.create_task(_kept_going(watch.run), name=f"watch {name}")
                 if self._settings.models[name].enabled:
                     worker.start()
-            tasks.create_task(_kept_going(self._measure), name="memory")
+            tasks.create_task(_kept_going(self._look_around), name="look around")
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Drain and stop every worker at once; returns when no process of theirs is left."""
@@ -160,7 +160,6 @@ class Fleet:
         model = self._settings.models[name]
         cpus = self._placement.cpus[name]
         place = self._runtime / "workers"
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = LaunchSpec(
             model=name,
             generation=number,
@@ -200,14 +199,16 @@ class Fleet:
 
         return ask
 
-    async def _measure(self) -> None:
+    async def _look_around(self) -> None:
+        """Measure memory and end orphans, every few seconds."""
         while True:
             leaders = {
                 name: worker.generation.pid if worker.generation is not None else None
                 for name, worker in self.workers.items()
             }
             self.memory = await asyncio.to_thread(tree_memory, leaders)
-            await asyncio.sleep(MEMORY_EVERY_S)
+            self._orphans.sweep()  # what a living worker's processes left behind
+            await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def _kept_going(run: Callable[[], Awaitable[None]]) -> None:

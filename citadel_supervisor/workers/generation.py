@@ -75,44 +75,46 @@ class Generation:
         self._post = post
         self._watches: dict[str, ProcessWatch] = {}
         self._forking = False
+        self._over = False
         self._known = asyncio.Event()
         self._api_gone = asyncio.Event()
 
     async def start(self, model: ModelSettings) -> None:
         """Make the API process; it reports from then on. Raises LaunchError."""
+        os.makedirs(os.path.dirname(self.spec.socket), mode=0o700, exist_ok=True)
         os.makedirs(self.spec.scratch, mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.spec.socket)  # an earlier supervisor was killed
+        zygote = None if model.spawns else self._workshop.zygote
+        asked = 0
         status_read, status = os.pipe()
         output = -1
         try:
             output = await self._workshop.open_output(self.spec.model)
-            await read_lines(status_read, self._on_line, lambda: self._post(Emptied(self.spec.generation)))
-            status_read = -1
-            zygote = self._workshop.zygote
-            if zygote is None or model.spawns:
+            reading, status_read = status_read, -1  # the reader's from here on, even if this is cancelled
+            await read_lines(reading, self._on_line, self._on_empty)
+            if zygote is None:
                 self.launch = "spawn"
                 environment = self._workshop.environment(self.spec, model)
                 pid = spawn_worker(self.spec, environment, status=status, output=output, python=model.python)
                 self._watch("API", pid)
             else:
                 self.launch = "zygote"
-                await zygote.launch(self.spec, status, output)
+                asked = await zygote.launch(self.spec, status, output)
                 self._forking = True
                 self._workshop.orphans.starting += 1
-                await self._forked(zygote)
         finally:
             for descriptor in (status_read, status, output):
                 if descriptor >= 0:
                     os.close(descriptor)
+        if zygote is not None:
+            await self._forked(zygote, asked)
 
-    async def _forked(self, zygote: Zygote) -> None:
+    async def _forked(self, zygote: Zygote, asked: int) -> None:
         """Wait for the fork to say who it is; a zygote that cannot fork is replaced."""
         try:
             await asyncio.wait_for(self._known.wait(), HELLO_WITHIN_S)
         except TimeoutError:
             self._fork_is_over()
-            zygote.replace()
+            zygote.replace(asked)
             raise LaunchError(
                 f"the zygote has not forked within {HELLO_WITHIN_S:g} s; it is replaced"
             ) from None
@@ -138,6 +140,7 @@ class Generation:
             api.signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._api_gone.wait(), grace_s)
+        self._over = True
         clean = await end_tree(self.pid) if self.pid is not None else True
         self._fork_is_over()
         await self._workshop.orphans.end_all()
@@ -145,7 +148,7 @@ class Generation:
             watch.close()
         if self.pid is not None:
             self._workshop.orphans.known.discard(self.pid)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(self.spec.socket)
         await asyncio.to_thread(shutil.rmtree, self.spec.scratch, ignore_errors=True)
         return clean
@@ -155,6 +158,8 @@ class Generation:
             report = decode_report(line)
         except msgspec.DecodeError:
             return
+        if self._over:  # a fork that comes too late has no owner: the orphans' sweep ends it
+            return
         if isinstance(report, Hello):
             self._fork_is_over()
             if self.pid is None:
@@ -163,6 +168,12 @@ class Generation:
             self.core_pid = report.pid
             self._watch("engine core", report.pid)
         self._post(Reported(self.spec.generation, report))
+
+    def _on_empty(self) -> None:
+        if self._forking:  # the zygote ended before it forked
+            self._fork_is_over()
+            self._known.set()
+        self._post(Emptied(self.spec.generation))
 
     def _fork_is_over(self) -> None:
         if self._forking:

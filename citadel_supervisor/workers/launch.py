@@ -89,11 +89,17 @@ _encoder = msgspec.json.Encoder()
 
 def decode_report(line: bytes) -> Report:
     """One line of the status pipe. Raises msgspec.DecodeError for anything else."""
-    return _decoder.decode(line)
+    try:
+        return _decoder.decode(line)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def encode_report(report: Report) -> bytes:
     """One line, newline included, at most STATUS_LINE_MAX bytes (a long message is cut)."""
+    if isinstance(report, Fatal):  # a path in it may hold bytes that are no text
+        message = report.message.encode("utf-8", "backslashreplace").decode()
+        report = Fatal(message, report.permanent)
     line = _encoder.encode(report)
     if len(line) > STATUS_LINE_MAX and isinstance(report, Fatal):
         line = _encoder.encode(Fatal(report.message[: STATUS_LINE_MAX // 8], report.permanent))
@@ -182,7 +188,6 @@ def engine_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        "SPT_NOENV": "1",  # else setproctitle writes over /proc/PID/environ, where our mark is
         "TMPDIR": str(scratch),
         "VLLM_RPC_BASE_PATH": str(scratch),
         "VLLM_CACHE_ROOT": str(cache / "vllm"),

@@ -18,7 +18,7 @@ from citadel_supervisor.workers.worker import Worker
 
 S = WorkerState
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? (\S+)", re.MULTILINE)
+TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? ([\d.e+]+)", re.MULTILINE)
 
 
 class WorkerWatch:
@@ -63,16 +63,17 @@ class WorkerWatch:
     async def _read(self, seen: WorkerSnapshot, generation: Generation, now: float) -> Reading:
         serving = seen.state in (S.READY, S.DRAINING)
         work = seen.active_requests if serving else int(seen.state is S.VERIFYING)
-        if serving and now >= self._probe_due:
-            await self._probe(now)
-        if serving and work:
-            await self._count_tokens()
         entries = {pid: read_process(pid) for pid in generation.pids()}
         stopped = ""
-        for pid, part in ((generation.pid, "API process"), (generation.core_pid, "engine core")):
+        for pid, part in ((generation.core_pid, "engine core"), (generation.pid, "API process")):
             entry = entries.get(pid) if pid is not None else None
             if entry is not None and entry.state == "T":
                 stopped = part
+        # A stopped API process answers nothing: each question would only put the next look off by its time-out.
+        if serving and now >= self._probe_due and stopped != "API process":
+            await self._probe(now)
+        if serving and work and stopped != "API process":
+            await self._count_tokens()
         core = entries.get(generation.core_pid or generation.pid or 0)
         return Reading(
             at=now,

@@ -18,7 +18,15 @@ from typing import Literal
 from loguru import logger
 
 from citadel_supervisor.config import ModelSettings, WorkerSettings
-from citadel_supervisor.errors import CannotEverStart, CommandRefused, LaunchError, NotReady, VerifyError
+from citadel_supervisor.errors import (
+    CannotEverStart,
+    CommandRefused,
+    LaunchError,
+    NotReady,
+    VerifyError,
+    WorkerError,
+    WorkerExit,
+)
 from citadel_supervisor.events import Event, Transition, WorkerExited
 from citadel_supervisor.states import SETTLED, TRANSITIONS, Progress, WorkerSnapshot, WorkerState
 from citadel_supervisor.workers.backoff import RestartBudget
@@ -37,6 +45,9 @@ from citadel_supervisor.workers.messages import (
     Verified,
 )
 from citadel_supervisor.workers.process import signal_name
+
+END_AGAIN_S = 1.0
+"""Between tries to end processes that did not end, for want of descriptors for instance."""
 
 S = WorkerState
 Wanted = Literal["running", "drained", "stopped"]
@@ -181,7 +192,7 @@ class Worker:
                 self._on_report(report)
             case Exited(_, part, pid, status):
                 self._on_exit(part, pid, status)
-            case Emptied():
+            case Emptied() if self._generation is not None and self._generation.pid is None:
                 self._lose(self._fatal.message if self._fatal else "its processes ended before they reported")
             case Failed(_, reason, permanent):
                 self._lose(reason, permanent=permanent)
@@ -249,7 +260,7 @@ class Worker:
             case Serving() if self._seen.state is S.LOADING:
                 self._move(S.VERIFYING)
                 assert self._generation is not None
-                self._task(self._verify(self._generation))
+                self._task(self._verify, self._generation)
             case Fatal():
                 # The first is the cause, those after it are its consequences.
                 self._fatal = self._fatal or report
@@ -265,6 +276,8 @@ class Worker:
                 model=self.model_id, generation=number, part=part, pid=pid, status=status, expected=expected
             )
         )
+        if part == "API" and status == WorkerExit.CANNOT_EVER_START and self._fatal is None:
+            self._fatal = Fatal("the engine says that no restart will help; see its log", permanent=True)
         if not expected:
             permanent = self._fatal is not None and self._fatal.permanent
             reason = self._fatal.message if self._fatal else f"{part} (pid {pid}) {signal_name(status)}"
@@ -275,6 +288,8 @@ class Worker:
             took = self._crew.clock() - self._began_at
             self._seen = replace(self._seen, ready_after_s=round(took, 3))
             self._move(S.READY, text)
+            if self._wanted == "drained":
+                self._move(S.DRAINING, "drained by an operator before its engine was lost")
 
     # Moving on.
 
@@ -291,7 +306,7 @@ class Worker:
             progress=Progress("process"), ready_after_s=None, cpus=generation.spec.cpus, launch="",
         )  # fmt: skip
         self._move(S.STARTING)
-        self._launching = self._task(self._launch(generation))
+        self._launching = self._task(self._launch, generation)
 
     async def _launch(self, generation: Generation) -> None:
         number = generation.spec.generation
@@ -310,6 +325,8 @@ class Worker:
             text = await self._crew.verify(self.model_id, self.model, generation)
         except VerifyError as error:
             self._inbox.put_nowait(Failed(number, str(error), permanent=True))
+        except WorkerError as error:
+            self._inbox.put_nowait(Failed(number, str(error)))
         else:
             self._inbox.put_nowait(Verified(number, text))
 
@@ -343,13 +360,19 @@ class Worker:
         generation = self._generation
         assert generation is not None
         self._leases.cut(self._seen.reason or "the worker is stopping")
-        self._task(self._finish(generation, grace_s))
+        self._task(self._finish, generation, grace_s)
 
     async def _finish(self, generation: Generation, grace_s: float) -> None:
-        while not await generation.end(grace_s):
-            logger.bind(model=self.model_id).error(
-                "processes of generation {} survive SIGKILL", generation.spec.generation
-            )
+        log = logger.bind(model=self.model_id)
+        number = generation.spec.generation
+        while True:
+            try:
+                if await generation.end(grace_s):
+                    break
+                log.error("processes of generation {} survive SIGKILL", number)
+            except Exception as error:  # whatever it is: nothing new is started while the old may live
+                log.opt(exception=error).error("generation {} cannot be ended: {!r}", number, error)
+            await asyncio.sleep(END_AGAIN_S)
         self._crew.forget(generation.spec.socket)
         self._inbox.put_nowait(Ended(generation.spec.generation))
 
@@ -443,14 +466,16 @@ class Worker:
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
 
-    def _task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def _task(self, step: Callable[..., Coroutine[None, None, None]], *arguments: object) -> asyncio.Task[None]:
         assert self._tasks is not None
-        return self._tasks.create_task(self._contain(work, self._seen.generation))
+        return self._tasks.create_task(self._contain(self._seen.generation, step, *arguments))
 
-    async def _contain(self, work: Coroutine[None, None, None], generation: int) -> None:
+    async def _contain(
+        self, generation: int, step: Callable[..., Coroutine[None, None, None]], *arguments: object
+    ) -> None:
         """A step that fails in a way nobody foresaw costs its generation, not the supervisor."""
         try:
-            await work
+            await step(*arguments)
         except Exception as error:
             logger.bind(model=self.model_id).exception("a step of generation {} failed", generation)
             self._inbox.put_nowait(Failed(generation, f"{type(error).__name__}: {error}"))

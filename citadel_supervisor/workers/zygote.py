@@ -67,24 +67,31 @@ class Zygote:
             pause = 1.0 if lived else min(pause * 2, 60.0)
             await asyncio.sleep(0.05 if lived else pause)
 
-    async def launch(self, spec: LaunchSpec, status: int, output: int) -> None:
+    async def launch(self, spec: LaunchSpec, status: int, output: int) -> int:
         """Have a worker forked; it reports on `status`. Waits for a zygote that is loading.
 
-        Raises LaunchError when there is none.
+        Returns the zygote's pid. Raises LaunchError when there is none.
         """
         await self._settled.wait()
-        if self._channel is None:
+        if self._channel is None or self.status.pid is None:
             raise LaunchError(self.status.reason or "the zygote is away")
         try:
             socket.send_fds(self._channel, [msgspec.json.encode(spec)], [status, output])
         except OSError as error:
             raise LaunchError(f"the zygote cannot be reached: {error.strerror}") from error
+        return self.status.pid
 
-    def replace(self) -> None:
-        """End the present zygote, which does not do its work; `run` makes another."""
-        if self.status.pid is not None:
+    def replace(self, pid: int) -> None:
+        """End this zygote, which does not do its work, if it is the present one; `run` makes another."""
+        if self.status.pid == pid:
+            self._away()
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.status.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+    def _away(self) -> None:
+        """From now on launches wait for the next zygote."""
+        self._channel = None
+        self._settled.clear()
 
     async def _one_life(self) -> bool:
         """Start a zygote and stay until it ends; whether it ever became ready."""
@@ -134,6 +141,7 @@ class Zygote:
         self._channel = ours
         self._settled.set()
         status = await ended
+        self._away()
         self.status = ZygoteStatus("loading", reason=f"the last one was lost: {signal_name(status)}")
         logger.bind(part="zygote").warning("zygote {} is lost: {}", pid, signal_name(status))
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from loguru import logger
 
 from citadel_supervisor.control.peers import Gate
 from citadel_supervisor.control.server import ControlServer, bind_control_socket
@@ -141,6 +141,8 @@ async def test_an_unknown_model_is_told_the_known_ones(directory: Path) -> None:
         error = (await client.post("/v1/models/phi-4/stop")).json()["error"]
         assert error["known"] == ["mixtral-8x7b", "phi-3-mini"]
         assert [audit.outcome for audit in api.audits] == ["unknown_model"]
+        await client.post("/v1/models/" + "x" * 5000 + "/stop")
+        assert api.audits[-1].target == "x" * 64
 
 
 async def test_what_the_daemon_refuses_says_why(directory: Path) -> None:
@@ -179,19 +181,20 @@ async def test_a_second_reload_meanwhile_is_refused(directory: Path) -> None:
         assert api.calls == [("reload",)]
 
 
-async def test_a_bug_is_500_without_a_stack_trace_but_the_log_has_it(
-    directory: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_bug_is_500_without_a_stack_trace_but_the_log_has_it(directory: Path) -> None:
+    written: list[str] = []
+    sink = logger.add(written.append, level="ERROR")
     async with serving(directory) as (api, client, _):
         api.refusals["stop"] = RuntimeError("secret detail")
-        with caplog.at_level(logging.ERROR):
-            response = await client.post("/v1/models/phi-3-mini/stop")
+        response = await client.post("/v1/models/phi-3-mini/stop")
         assert response.status_code == 500
         assert response.json()["error"]["code"] == "internal"
         assert "secret detail" not in response.text
-        assert "secret detail" in caplog.text
         assert [audit.outcome for audit in api.audits] == ["internal"]
         assert (await client.get("/v1/status")).status_code == 200
+    logger.remove(sink)
+    assert "Traceback" in written[0] and "secret detail" in written[0]
+    assert len(written) == 1
 
 
 async def test_wrong_methods_and_paths_are_json_errors(directory: Path) -> None:
@@ -238,13 +241,15 @@ async def test_events_are_the_kept_ones_then_all_to_come_none_twice(directory: P
         assert seen == ["0", "1", "2", "3", "4", "5"]
 
 
-async def test_an_event_at_the_seam_is_shown_once(directory: Path) -> None:
-    """Between subscribing and looking back, an event is in both."""
+async def test_events_at_the_seam_are_shown_once(directory: Path) -> None:
+    """Just before the server looks back, an event is in both; just after, only among those to come."""
 
     class Eventful(FakeSupervisor):
         def recent_events(self) -> list[dict[str, Any]]:
-            self.bus.publish(Notice(level="INFO", text="seam"))
-            return super().recent_events()
+            self.bus.publish(Notice(level="INFO", text="before"))
+            kept = super().recent_events()
+            self.bus.publish(Notice(level="INFO", text="after"))
+            return kept
 
     api = Eventful(directory)
     sock = bind_control_socket(directory / "control.sock")
@@ -254,9 +259,10 @@ async def test_an_event_at_the_seam_is_shown_once(directory: Path) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://citadel") as client:
         async with client.stream("GET", "/v1/events?follow=1") as response:
             lines = response.aiter_lines()
-            assert json.loads(await anext(lines))["text"] == "seam"
+            seen = [json.loads(await anext(lines))["text"] for _ in range(2)]
             api.bus.publish(Notice(level="INFO", text="later"))
-            assert json.loads(await anext(lines))["text"] == "later"
+            seen.append(json.loads(await anext(lines))["text"])
+            assert seen == ["before", "after", "later"]
     await server.stop()
 
 

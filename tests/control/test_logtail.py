@@ -10,12 +10,13 @@ from io import FileIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from citadel_supervisor.control.logtail import LogFollower, stream_log, tail_offset
 
 
+@example(lines=[b"a", b"b" * 65_535], ended=True, wanted=1, big=45)  # a line begins with a block
 @given(
     lines=st.lists(st.binary(max_size=300).map(lambda line: line.replace(b"\n", b"")), max_size=40),
     ended=st.booleans(),
@@ -78,14 +79,35 @@ async def test_a_file_cut_in_place_is_read_from_its_start(tmp_path: Path) -> Non
         assert await anext(parts) == b"new\n"
 
 
-async def test_a_file_that_comes_later_is_followed_from_its_start(tmp_path: Path) -> None:
+def test_a_file_that_comes_later_is_read_from_its_start(tmp_path: Path) -> None:
+    follower = LogFollower(tmp_path / "phi.log", 1)
+    assert follower.read() == b""
+    (tmp_path / "phi.log").write_text("one\ntwo\n")
+    assert follower.read() == b"one\ntwo\n"
+    follower.close()
+
+
+def test_what_is_written_last_before_a_rotation_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is written to and rotated after it was read to its end, before its name is looked at."""
     path = tmp_path / "phi.log"
-    async with aclosing(follow(path, 1)) as parts:  # type: ignore[type-var]
-        first = asyncio.ensure_future(anext(parts))
-        await asyncio.sleep(0)
-        (tmp_path / "new").write_text("one\ntwo\n")
-        (tmp_path / "new").rename(path)
-        assert b"two\n" in await first
+    path.write_text("a\n")
+    follower = LogFollower(path, 1)
+    assert follower.read() == b"a\n"
+    real_stat = os.stat
+
+    def rotate_first(name: Path) -> os.stat_result:
+        monkeypatch.undo()
+        with path.open("a") as file:
+            file.write("b\n")
+        path.rename(tmp_path / "phi.log.1")
+        path.write_text("c\n")
+        return real_stat(name)
+
+    monkeypatch.setattr("citadel_supervisor.control.logtail.os.stat", rotate_first)
+    assert follower.read() + follower.read() == b"b\nc\n"
+    follower.close()
 
 
 async def test_following_ends_when_told(tmp_path: Path) -> None:

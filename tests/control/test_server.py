@@ -7,6 +7,7 @@ import contextlib
 import grp
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -56,6 +57,13 @@ def one_answer(sock: socket.socket) -> bytes:
     return head + b"\r\n\r\n" + body
 
 
+def closed(sock: socket.socket) -> bool:
+    """Wait until the server has closed, not only ended its side."""
+    poll = select.poll()
+    poll.register(sock, select.POLLHUP)
+    return bool(poll.poll(30_000))
+
+
 def status_code(path: Path) -> int:
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://citadel") as client:
         return client.get("/v1/status", timeout=30).status_code
@@ -101,6 +109,7 @@ def test_strangers_take_no_places(host: Hosted, monkeypatch: pytest.MonkeyPatch)
         strangers = [connect(host.socket) for _ in range(8)]
         for sock in strangers:
             assert b"403" in sock.recv(65536)
+        assert closed(strangers[-1])  # no place to linger in either
     assert status_code(host.socket) == 200
     for sock in strangers:
         sock.close()
@@ -235,11 +244,12 @@ def test_it_serves_under_uvloop(directory: Path) -> None:
 # What a hostile client achieves.
 
 
-def test_garbage_is_400(host: Hosted) -> None:
+def test_garbage_is_400_and_fills_no_log(host: Hosted, caplog: pytest.LogCaptureFixture) -> None:
     with connect(host.socket) as sock:
         sock.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
         assert answer(sock).startswith(b"HTTP/1.1 400 ")
     assert status_code(host.socket) == 200
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
@@ -278,8 +288,20 @@ def test_a_body_nobody_asked_for_does_not_go_on_for_ever(host: Hosted) -> None:
     with connect(host.socket) as sock:
         sock.sendall(b"GET /v1/status HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000\r\n\r\n")
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            for _ in range(16_000):
+            for _ in range(1_000):
                 sock.sendall(b"x" * 65536)
+
+
+def test_the_limits_are_for_each_request_of_a_connection(host: Hosted) -> None:
+    body = b" " * 60_000 + b"{}"
+    head = b"POST /v1/models/phi-3-mini/stop HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with connect(host.socket) as sock:
+        for _ in range(20):
+            sock.sendall(head + body)
+            assert one_answer(sock).startswith(b"HTTP/1.1 200 ")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(b"GET /" + b"a" * 100_000)
+        assert error_of(answer(sock)) == (431, "too_large")
 
 
 def test_a_slow_head_is_timed_out(host: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:

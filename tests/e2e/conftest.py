@@ -33,6 +33,40 @@ SMALL_ENGINE = {
 }
 
 
+class Measured:
+    """Figures that the tests came upon, shown at the end of the run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def tell(self, line: str) -> None:
+        self.lines.append(line)
+
+    def left(self, phase: str, way: str, seconds: float) -> None:
+        """How long an engine went on for a client that had left."""
+        self.tell(f"client left {phase} by {way}: its engine had stopped after {seconds * 1000:.0f} ms")
+
+
+MEASURED = pytest.StashKey[Measured]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = Measured()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    measured = config.stash.get(MEASURED, None)
+    if measured is not None and measured.lines:
+        terminalreporter.section("measured")
+        for line in measured.lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def measured(pytestconfig: pytest.Config) -> Measured:
+    return pytestconfig.stash.setdefault(MEASURED, Measured())
+
+
 @pytest.fixture(scope="session")
 def demo() -> Iterator[Daemon]:
     """The four slots of etc/demo.yaml. Shared: begin with `await demo.ready()`, and leave it able to be."""

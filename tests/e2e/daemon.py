@@ -113,12 +113,8 @@ class Daemon:
 
     async def exit_code(self, seconds: float = PATIENCE_S) -> int:
         """Wait until it has ended."""
-        process = self.process
-        assert process is not None
-        async with asyncio.timeout(seconds):
-            while process.poll() is None:
-                await asyncio.sleep(0.02)
-        return int(process.returncode)
+        assert self.process is not None
+        return await asyncio.to_thread(self.process.wait, seconds)
 
     def end(self) -> None:
         """End it, however it is, and whatever it made. Blocks."""
@@ -140,6 +136,18 @@ class Daemon:
             with contextlib.suppress(psutil.NoSuchProcess):
                 found.append(psutil.Process(pid))
         return found
+
+    def names(self) -> dict[int, str]:
+        """What its processes are called, as `ps` shows them, by pid."""
+        found = {}
+        for process in self.tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[process.pid] = " ".join(process.cmdline()).strip()
+        return found
+
+    def zombies(self) -> list[int]:
+        """Ended children that it has not waited for."""
+        return [e.pid for e in process_table().values() if e.ppid == self.pid and e.state == "Z"]
 
     # What it says.
 
@@ -174,7 +182,7 @@ class Daemon:
         for name, model in seen["models"].items():
             if model["state"] != "ready":
                 assert (await self.ctl("start", name)).code == 0
-        return await self.until(lambda status: status["ready"] and status["zygote"]["state"] == "ready")
+        return await self.until(_all_ready)
 
     async def settled(self) -> Status:
         """The status once every model is ready, stopped or quarantined."""
@@ -196,12 +204,22 @@ class Daemon:
         assert process.returncode is not None
         return Ran(process.returncode, out.decode(), err.decode())
 
+    async def events(self) -> list[Status]:
+        """The last events, oldest first, as citadelctl prints them."""
+        ran = await self.ctl("events", "--json")
+        assert ran.code == 0, ran.err
+        return [json.loads(line) for line in ran.out.splitlines()]
+
     async def ctl_process(self, *words: str) -> asyncio.subprocess.Process:
         """citadelctl, running."""
         return await asyncio.create_subprocess_exec(
             Path(sys.executable).with_name("citadelctl"), "--socket", self.socket, *words,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment(),
         )  # fmt: skip
+
+
+def _all_ready(status: Status) -> bool:
+    return bool(status["ready"]) and status["zygote"]["state"] in ("ready", "off")
 
 
 def _settled(model: Status) -> bool:

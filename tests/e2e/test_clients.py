@@ -162,9 +162,7 @@ async def test_messages_in_anthropics_form(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", ["phi-3-mini", "router"], indirect=True)
-async def test_the_answer_is_the_engines_own(
-    http: httpx.AsyncClient, target: Target, demo: Daemon
-) -> None:
+async def test_the_answer_is_the_engines_own(http: httpx.AsyncClient, target: Target, demo: Daemon) -> None:
     """Status, headers that matter and body are what the engine says, but for what differs each time."""
     engine = httpx.AsyncHTTPTransport(uds=str(demo.engine_socket(target.model, target.generation)))
     async with httpx.AsyncClient(transport=engine, base_url="http://engine", timeout=120) as straight:

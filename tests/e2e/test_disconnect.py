@@ -15,6 +15,7 @@ from typing import Any, Literal
 import httpx
 import pytest
 
+from tests.e2e.conftest import Measured
 from tests.e2e.daemon import PATIENCE_S, Daemon
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -24,6 +25,7 @@ MODEL = "phi-3-mini"
 BOUND_S = 2.0
 """Later 0.25. Here other engines, and other programs, may use the same cores."""
 GAUGES = re.compile(r"^vllm:num_requests_(running|waiting)\{[^}]*\} (\S+)", re.MULTILINE)
+PROMPT_TOKENS = re.compile(r"^vllm:prompt_tokens_total\{[^}]*\} (\S+)", re.MULTILINE)
 
 Way = Literal["FIN", "RST"]
 WAYS = pytest.mark.parametrize("way", ["FIN", "RST"])
@@ -51,8 +53,8 @@ class Engine:
 
     async def prompt_tokens(self) -> int:
         """Tokens of prompts computed by this generation."""
-        text = (await self._http.get("/metrics")).text
-        return int(sum(map(float, re.findall(r"^vllm:prompt_tokens_total\{[^}]*\} (\S+)", text, re.MULTILINE))))
+        counted = PROMPT_TOKENS.findall((await self._http.get("/metrics")).text)
+        return int(sum(map(float, counted)))
 
 
 class Client:
@@ -102,9 +104,9 @@ async def engine(demo: Daemon) -> AsyncIterator[Engine]:
     port = status["models"][MODEL]["port"]
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
         engine = Engine(port, http)
-        await engine.until(0, 0)
+        await engine.until(0, 0, 30)
         yield engine
-        await engine.until(0, 0)
+        await engine.until(0, 0, 30)
 
 
 @pytest.fixture
@@ -113,31 +115,31 @@ async def connect(engine: Engine) -> AsyncIterator[Callable[[], Any]]:
         yield connect
 
 
-def tell(phase: str, way: Way, seconds: float) -> None:
-    print(f"\nclient left {phase} by {way}: the engine had stopped after {seconds * 1000:.0f} ms")
-
-
 @WAYS
-async def test_mid_stream(engine: Engine, connect: Callable[[], Any], way: Way) -> None:
+async def test_mid_stream(engine: Engine, connect: Callable[[], Any], way: Way, measured: Measured) -> None:
     client = await connect()
     await client.send(prompt="Once upon a time", max_tokens=1500, stream=True)
     await client.first_event()
     await engine.until(1, 0)
     client.leave(way)
-    tell("mid-stream", way, await engine.until(0, 0, BOUND_S))
+    measured.left("mid-stream", way, await engine.until(0, 0, BOUND_S))
 
 
 @WAYS
-async def test_not_streaming(engine: Engine, connect: Callable[[], Any], way: Way) -> None:
+async def test_not_streaming(
+    engine: Engine, connect: Callable[[], Any], way: Way, measured: Measured
+) -> None:
     client = await connect()
     await client.send(prompt="Once upon a time", max_tokens=1500)
     await engine.until(1, 0)
     client.leave(way)
-    tell("while it waited for a whole answer", way, await engine.until(0, 0, BOUND_S))
+    measured.left("while it waited for a whole answer", way, await engine.until(0, 0, BOUND_S))
 
 
 @WAYS
-async def test_before_the_first_token(engine: Engine, connect: Callable[[], Any], way: Way) -> None:
+async def test_before_the_first_token(
+    engine: Engine, connect: Callable[[], Any], way: Way, measured: Measured
+) -> None:
     """While the prompt is computed; the engine can stop between two steps of it."""
     begun = await engine.prompt_tokens()
     client = await connect()
@@ -146,12 +148,14 @@ async def test_before_the_first_token(engine: Engine, connect: Callable[[], Any]
     await client.send(prompt=prompt, max_tokens=1, stream=True)
     await engine.until(1, 0)
     client.leave(way)
-    tell("before the first token", way, await engine.until(0, 0, BOUND_S))
+    measured.left("before the first token", way, await engine.until(0, 0, BOUND_S))
     assert await engine.prompt_tokens() - begun < len(prompt), "the prompt was computed to its end"
 
 
 @WAYS
-async def test_queued_behind_a_full_engine(engine: Engine, connect: Callable[[], Any], way: Way) -> None:
+async def test_queued_behind_a_full_engine(
+    engine: Engine, connect: Callable[[], Any], way: Way, measured: Measured
+) -> None:
     running = [await connect(), await connect()]
     for client in running:
         await client.send(prompt="Once upon a time", max_tokens=1500, stream=True)
@@ -160,14 +164,14 @@ async def test_queued_behind_a_full_engine(engine: Engine, connect: Callable[[],
     await queued.send(prompt="Once upon a time", max_tokens=1500)
     await engine.until(2, 1)
     queued.leave(way)
-    tell("in the engine's queue", way, await engine.until(2, 0, BOUND_S))
+    measured.left("in the engine's queue", way, await engine.until(2, 0, BOUND_S))
     for client in running:
         client.leave(way)
-    tell("with another, both mid-stream", way, await engine.until(0, 0, BOUND_S))
+    measured.left("with another, both mid-stream", way, await engine.until(0, 0, BOUND_S))
 
 
 async def test_parked_while_the_worker_restarts(
-    demo: Daemon, engine: Engine, connect: Callable[[], Any]
+    demo: Daemon, engine: Engine, connect: Callable[[], Any], measured: Measured
 ) -> None:
     """The new generation never sees the requests of those who left while it was loading."""
     assert (await demo.ctl("restart", "--no-wait", MODEL)).code == 0
@@ -182,7 +186,7 @@ async def test_parked_while_the_worker_restarts(
         began = time.monotonic()
         client.leave(way)
         await demo.until(lambda status: status["models"][MODEL]["waiting_requests"] == left, BOUND_S)  # noqa: B023
-        tell("while it was parked", way, time.monotonic() - began)
+        measured.left("while it was parked", way, time.monotonic() - began)
     status = await demo.ready()
     assert status["models"][MODEL]["active_requests"] == 0
     assert await engine.counts() == (0, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ import psutil
 import pytest
 
 from citadel_supervisor.workers.process import process_table
+from tests.e2e.conftest import Measured
 from tests.e2e.daemon import Daemon, Status
 from tests.e2e.load import Outcome, load
 
@@ -54,7 +54,7 @@ class Requests:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-async def test_a_worker_is_lost_under_load(demo: Daemon, name: str) -> None:
+async def test_a_worker_is_lost_under_load(demo: Daemon, name: str, measured: Measured) -> None:
     fault = FAULTS[name]
     before = await demo.ready()
     victim = before["models"][fault.victim]
@@ -76,8 +76,8 @@ async def test_a_worker_is_lost_under_load(demo: Daemon, name: str) -> None:
         meanwhile += [requests.stream(fault.victim, 4), routed.plain(fault.victim, 4)]
         await _check(Requests(streams, silent + meanwhile, others), victim["generation"] + 1)
 
-    print(
-        f"\n{name}: noticed after {lost_after_s:.2f} s, the first good answer after "
+    measured.tell(
+        f"{name}: noticed after {lost_after_s:.2f} s, the first good answer after "
         f"{min(one.ended for one in silent + meanwhile) - at:.2f} s, the last after "
         f"{max(one.ended for one in silent + meanwhile) - at:.2f} s"
     )
@@ -111,6 +111,7 @@ async def _check_status(demo: Daemon, before: Status, fault: Fault) -> None:
     left = [entry.pid for entry in process_table().values() if entry.session == old["pid"]]
     assert left == [], "something of the old tree is left"
     assert not psutil.pid_exists(old["core_pid"])
+    await demo.until(lambda _: demo.zombies() == [], 10)
     assert not demo.engine_socket(fault.victim, old["generation"]).exists()
     assert not (demo.runtime / "workers" / f"{fault.victim}.{old['generation']}").exists()
     for model, was in before["models"].items():
@@ -118,7 +119,7 @@ async def _check_status(demo: Daemon, before: Status, fault: Fault) -> None:
         assert {key: after["models"][model][key] for key in same} == {key: was[key] for key in same}
     reasons = [
         event["reason"]
-        for event in await events(demo)
+        for event in await demo.events()
         if event["kind"] == "transition"
         and (event["model"], event["generation"]) == (fault.victim, old["generation"])
         and event["after"] == "failed"
@@ -127,13 +128,7 @@ async def _check_status(demo: Daemon, before: Status, fault: Fault) -> None:
     assert re.match(fault.reason.format(pid=old[fault.process]), reasons[0])
 
 
-async def events(daemon: Daemon) -> list[Status]:
-    ran = await daemon.ctl("events", "--json")
-    assert ran.code == 0, ran.err
-    return [json.loads(line) for line in ran.out.splitlines()]
-
-
-async def test_the_zygote_is_lost_under_load(demo: Daemon) -> None:
+async def test_the_zygote_is_lost_under_load(demo: Daemon, measured: Measured) -> None:
     """Its workers do not notice; a new one is made, and workers can be restarted from it."""
     before = await demo.ready()
     models = ("openchat-3.5", "phi-3-mini")
@@ -152,7 +147,9 @@ async def test_the_zygote_is_lost_under_load(demo: Daemon) -> None:
     # Asked for while the new zygote still loads: it waits for it.
     assert (await demo.ctl("restart", "phi-3-mini")).code == 0
     after = await demo.ready()
-    print(f"\nzygote killed: a worker restarted from the new one is ready after {time.monotonic() - at:.1f} s")
+    measured.tell(
+        f"zygote killed: a worker restarted from the new one is ready after {time.monotonic() - at:.1f} s"
+    )
     restarted, was = after["models"].pop("phi-3-mini"), before["models"].pop("phi-3-mini")
     assert restarted["launch"] == "zygote"
     assert restarted["generation"] == was["generation"] + 1

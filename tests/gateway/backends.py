@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextvars import Context
 from dataclasses import replace
 
 from citadel_supervisor.errors import NotReady
 from citadel_supervisor.states import COMING_UP, Progress, WorkerSnapshot, WorkerState
+
+
+class Watched(asyncio.Future[str]):
+    """A future that counts who waits for it."""
+
+    watchers = 0
+
+    def add_done_callback(self, fn: Callable[..., object], *, context: Context | None = None) -> None:
+        super().add_done_callback(fn, context=context)
+        self.watchers += 1
 
 
 class FakeLease:
@@ -15,11 +27,10 @@ class FakeLease:
     def __init__(self, backend: FakeBackend, generation: int, address: str) -> None:
         self.generation = generation
         self.address = address
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.lost = Watched(loop=asyncio.get_running_loop())
         self._backend = backend
 
     def alive(self) -> bool:
-        self._backend.asked.set()
         return self.generation not in self._backend.dead
 
     def release(self) -> None:
@@ -34,14 +45,17 @@ class FakeBackend:
         self.dead: set[int] = set()
         self.waiting = asyncio.Event()
         """Set once a request waits for a generation."""
-        self.asked = asyncio.Event()
-        """Set once somebody wanted to know whether a generation lives."""
         self.waited: list[float] = []
         """What each lease was allowed to wait, in seconds."""
         self._address = ""
         self._seen = WorkerSnapshot(model, state=WorkerState.STOPPED)
         self._changed = asyncio.Condition()
         self._waiting = 0
+
+    @property
+    def doubted(self) -> bool:
+        """Whether somebody waits to hear that a generation is lost, besides the one who is to be told."""
+        return any(lease.lost.watchers > 1 for lease in self.leases)
 
     def snapshot(self) -> WorkerSnapshot:
         return replace(self._seen, active_requests=len(self.leases), waiting_requests=self._waiting)
@@ -70,7 +84,11 @@ class FakeBackend:
         await self.become(WorkerState.READY, generation=self._seen.generation + 1)
 
     async def become(
-        self, state: WorkerState, reason: str = "", generation: int | None = None, progress: Progress | None = None
+        self,
+        state: WorkerState,
+        reason: str = "",
+        generation: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
         number = self._seen.generation if generation is None else generation
         async with self._changed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -60,13 +59,14 @@ class Rig:
         await self.alpha.up(path)
         return engine
 
-    def port(self, purpose: str) -> int:
-        socks = {"router": self.ports.router, "metrics": self.ports.metrics, "health": self.ports.health}
-        return port_number(socks.get(purpose) or self.ports.models[purpose])
+    def __post_init__(self) -> None:
+        ports = self.ports
+        socks = {"router": ports.router, "metrics": ports.metrics, "health": ports.health, **ports.models}
+        self.numbers = {purpose: port_number(sock) for purpose, sock in socks.items()}
 
     async def client(self, purpose: str = "alpha", limit: int = 2**16) -> Client:
         """A connection to a port."""
-        client = await Client.connect(self.port(purpose), limit)
+        client = await Client.connect(self.numbers[purpose], limit)
         self.clients.append(client)
         return client
 
@@ -103,7 +103,12 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
         async def make(**gateway: Any) -> Rig:
             own = {"router_port": 0, "metrics_port": 0, "health_port": 0, **gateway}
             models = {
-                name: {"port": 0, "checkpoint": f"/models/{name}", "aliases": [f"{name}-alias"], "max_model_len": 4096}
+                name: {
+                    "port": 0,
+                    "checkpoint": f"/models/{name}",
+                    "aliases": [f"{name}-alias"],
+                    "max_model_len": 4096,
+                }
                 for name in MODELS
             }
             settings = Settings.model_validate({"state_dir": str(tmp_path), "gateway": own, "models": models})
@@ -145,10 +150,3 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
 @pytest.fixture
 async def rig(make_rig: MakeRig) -> Rig:
     return await make_rig()
-
-
-@pytest.fixture
-def taken_port() -> Any:
-    """A port that this process listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        yield sock.getsockname()[1]

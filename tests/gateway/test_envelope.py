@@ -55,7 +55,9 @@ def test_every_status_has_a_type_in_both_forms(status: int) -> None:
     assert json.loads(encode(failure, MESSAGES))["error"]["type"]
 
 
-@pytest.mark.parametrize(("seconds", "header"), [(0.0, b"1"), (0.2, b"1"), (1.0, b"1"), (1.1, b"2"), (60.0, b"60")])
+@pytest.mark.parametrize(
+    ("seconds", "header"), [(0.0, b"1"), (0.2, b"1"), (1.0, b"1"), (1.1, b"2"), (60.0, b"60")]
+)
 def test_retry_after_is_whole_seconds_and_at_least_one(seconds: float, header: bytes) -> None:
     assert failure_of(NotReady("a", "loading", "", seconds)).headers == [(b"retry-after", header)]
 

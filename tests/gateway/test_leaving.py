@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 from pathlib import Path
 
 import pytest
 
-from citadel_supervisor.gateway.upstream import MOST_UNREAD
-from tests.fake_upstream import SECONDS, Call
+from citadel_supervisor.gateway.exchange import MOST_UNREAD
+from tests.fake_upstream import SECONDS, Call, full_queue, until
 from tests.gateway.client import Client
 from tests.gateway.conftest import Rig
 
@@ -119,28 +117,18 @@ async def test_while_it_waits_to_be_replayed(rig: Rig) -> None:
 async def test_while_an_error_is_looked_into(rig: Rig) -> None:
     client, call = await begun(rig)
     call.reply(500, b"{}")
-    await asyncio.wait_for(rig.alpha.asked.wait(), SECONDS)
+    await until(lambda: rig.alpha.doubted)
     await client.leave()
     await is_over(rig)
 
 
 async def test_while_it_connects_to_the_engine(rig: Rig, tmp_path: Path) -> None:
     path = str(tmp_path / "full.sock")
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.socket(socket.AF_UNIX))
-        full.bind(path)
-        full.listen(0)
-        with contextlib.suppress(BlockingIOError):
-            while True:  # nobody accepts: after a few, a connection has to wait
-                caller = stack.enter_context(socket.socket(socket.AF_UNIX))
-                caller.setblocking(False)
-                caller.connect(path)
+    with full_queue(path):
         await rig.alpha.up(path)
         client = await rig.client()
         client.post(CHAT)
-        async with asyncio.timeout(SECONDS):
-            while not rig.alpha.leases:
-                await asyncio.sleep(0)
+        await until(lambda: bool(rig.alpha.leases))
         await client.leave()
         await is_over(rig)
 
@@ -149,9 +137,7 @@ async def test_while_it_connects_to_the_engine(rig: Rig, tmp_path: Path) -> None
 async def test_while_it_sends_its_body(rig: Rig, reset: bool) -> None:
     client = await rig.client()
     client.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf".encode())
-    async with asyncio.timeout(SECONDS):
-        while not rig.gateway.active:
-            await asyncio.sleep(0)
+    await until(lambda: rig.gateway.active == 1)
     await client.leave(reset)
     await is_over(rig)
     assert rig.engine.requests == 0
@@ -160,9 +146,7 @@ async def test_while_it_sends_its_body(rig: Rig, reset: bool) -> None:
 async def test_at_the_router_before_a_model_is_known(rig: Rig) -> None:
     client = await rig.client("router")
     client.send(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode())
-    async with asyncio.timeout(SECONDS):
-        while not rig.gateway.active:
-            await asyncio.sleep(0)
+    await until(lambda: rig.gateway.active == 1)
     await client.leave()
     record = await rig.done()
     assert (record.status, record.model, record.attempts) == (499, "", 0)

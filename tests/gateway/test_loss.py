@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from citadel_supervisor.errors import UpstreamLost
+from citadel_supervisor.gateway import relay
+from citadel_supervisor.gateway.exchange import Exchange
+from citadel_supervisor.gateway.router import Chosen
+from citadel_supervisor.gateway.upstream import UpstreamPool
 from citadel_supervisor.states import WorkerState
-from tests.fake_upstream import SECONDS, Call
+from tests.fake_upstream import SECONDS, Call, until
 from tests.gateway.client import Client
 from tests.gateway.conftest import MakeRig, Rig
 
@@ -104,10 +110,22 @@ async def test_processes_that_are_gone_are_enough_to_replay(rig: Rig) -> None:
     assert (await client.answer()).body == b"good"
 
 
+async def test_a_death_the_worker_has_not_heard_of_is_not_replayed_on_the_same_generation(rig: Rig) -> None:
+    client, call = await begun(rig)
+    dies(call)
+    await until(lambda: rig.alpha.doubted)
+    assert rig.alpha.snapshot().ready
+    await rig.alpha.lose()
+    engine = await rig.next_generation()
+    (await engine.call()).reply(200, b"good")
+    assert (await client.answer()).body == b"good"
+    assert rig.engine.requests == 1
+
+
 async def test_a_loss_that_is_told_a_little_late_is_enough_too(rig: Rig) -> None:
     client, call = await begun(rig)
     answers_500(call)
-    await asyncio.wait_for(rig.alpha.asked.wait(), SECONDS)
+    await until(lambda: rig.alpha.doubted)
     await rig.alpha.lose()
     engine = await rig.next_generation()
     (await engine.call()).reply(200, b"good")
@@ -159,9 +177,7 @@ async def test_an_engine_that_cannot_be_reached_counts_as_lost(rig: Rig) -> None
     await rig.engine.stop()
     client = await rig.client()
     client.post(CHAT, b"{}")
-    async with asyncio.timeout(SECONDS):
-        while not rig.alpha.leases:
-            await asyncio.sleep(0)
+    await until(lambda: bool(rig.alpha.leases))
     await rig.alpha.lose()
     engine = await rig.next_generation()
     (await engine.call()).reply(200, b"good")
@@ -179,7 +195,7 @@ async def test_time_spent_waiting_is_shared_by_all_attempts_time_at_work_is_not(
     first, second = rig.alpha.waited
     record = await rig.done()
     assert first == 30.0
-    assert 30.0 - record.waited_s - 0.01 <= second <= 30.0
+    assert 30.0 - record.waited_s <= second < 30.0
 
 
 async def test_no_next_generation_is_said_so(rig: Rig) -> None:
@@ -196,10 +212,8 @@ async def test_no_next_generation_is_said_so(rig: Rig) -> None:
 def sse(data: bytes) -> list[dict[str, str]]:
     """The events of a stream, each as its fields."""
     assert data.endswith(b"\n\n")
-    events = []
-    for block in data.decode()[:-2].split("\n\n"):
-        events.append(dict(line.split(": ", 1) for line in block.split("\n")))
-    return events
+    blocks = data.decode()[:-2].split("\n\n")
+    return [dict(line.split(": ", 1) for line in block.split("\n")) for block in blocks]
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
@@ -305,6 +319,50 @@ async def test_an_event_too_long_to_hold_leaves_no_clean_end(rig: Rig) -> None:
     with pytest.raises(asyncio.IncompleteReadError):
         while await client.chunk():
             pass
+
+
+class Prepared(UpstreamPool):
+    """Gives out exchanges that the test has brought to some point, one after another."""
+
+    def __init__(self, *exchanges: Exchange) -> None:
+        super().__init__()
+        self._prepared = list(exchanges)
+
+    def send(self, *request: object) -> Exchange:
+        return self._prepared.pop(0)
+
+
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
+async def test_output_that_came_together_with_the_loss_is_dropped_for_the_replay(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, kind: bytes
+) -> None:
+    """Both within one turn of the event loop: the client has seen nothing, so it sees the whole answer."""
+    lost, good = (Exchange("/x", b"", b"", bodyless=False) for _ in range(2))
+    for exchange, body in ((lost, b"data: half\n\n"), (good, b"data: whole\n\n")):
+        exchange.head_came(200, [(b"content-type", kind)])
+        exchange.body_came(body)
+    lost.fail(UpstreamLost("gone"))
+    good.completed()
+    monkeypatch.setattr(relay, "GRACE_S", 0.0)
+    sent: list[Any] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    class Stays:
+        left = answered = False
+
+        def watch(self, on_leave: Callable[[], object] | None) -> None: ...
+
+        def cut(self) -> None: ...
+
+    request = relay.Request(b"r1", CHAT, b"", [], Stays(), 0.0)
+    backend = rig.alpha
+    await relay.Relay(Prepared(lost, good), rig.settings.gateway).serve(
+        request, Chosen("alpha", backend), send
+    )
+    assert b"".join(message.get("body", b"") for message in sent) == b"data: whole\n\n"
+    assert (request.status, request.attempts) == (200, 2)
 
 
 async def test_others_are_not_touched(rig: Rig) -> None:

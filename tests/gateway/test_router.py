@@ -16,10 +16,14 @@ S = WorkerState
 MODELS = ("alpha", "beta", "gamma")
 
 
-async def catalog(tmp_path: Path, states: dict[str, tuple[WorkerState, int]], default: str | None = None) -> Catalog:
+async def catalog(
+    tmp_path: Path, states: dict[str, tuple[WorkerState, int]], default: str | None = None
+) -> Catalog:
     """Models in those states, with so many requests at work."""
     models = {name: {"port": 0, "checkpoint": "/x"} for name in MODELS}
-    settings = Settings.model_validate({"state_dir": str(tmp_path), "models": models, "default_model": default})
+    settings = Settings.model_validate(
+        {"state_dir": str(tmp_path), "models": models, "default_model": default}
+    )
     backends = {name: FakeBackend(name) for name in MODELS}
     for name, (state, requests) in states.items():
         await backends[name].up("/nowhere")

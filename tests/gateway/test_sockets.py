@@ -9,18 +9,22 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from citadel_supervisor.config import Settings
 from citadel_supervisor.errors import PortTaken, StartError
-from citadel_supervisor.gateway import sockets
 from citadel_supervisor.gateway.sockets import bind_all, port_number
 
 
 def settings(host: str = "127.0.0.1", router: int = 0, metrics: int = 0, model: int = 0) -> Settings:
     gateway = {
-        "host": host, "router_port": router, "metrics_port": metrics, "health_port": 0, "allow_without_keys": True,
-    }  # fmt: skip
+        "host": host,
+        "router_port": router,
+        "metrics_port": metrics,
+        "health_port": 0,
+        "allow_without_keys": True,
+    }
     models = {"alpha": {"port": model, "checkpoint": "/x"}, "beta": {"port": 0, "checkpoint": "/x"}}
     return Settings.model_validate({"state_dir": "/nonexistent", "gateway": gateway, "models": models})
 
@@ -58,8 +62,18 @@ def test_configured_numbers_are_kept() -> None:
     ports = bind_all(settings(router=wanted))
     assert port_number(ports.router) == wanted
     ports.close()
-    ports = bind_all(settings(router=wanted))  # and can be had again at once
+
+
+def test_a_port_can_be_had_again_at_once_after_a_restart() -> None:
+    wanted = free_port()
+    ports = bind_all(settings(router=wanted))
+    with socket.create_connection(("127.0.0.1", wanted), timeout=5) as client:
+        ports.router.setblocking(True)
+        served, _ = ports.router.accept()
+        served.close()  # the side that closes first keeps the port busy for a minute
+        assert client.recv(1) == b""
     ports.close()
+    bind_all(settings(router=wanted)).close()
 
 
 def test_the_holder_of_a_taken_port_is_named(taken: int) -> None:
@@ -67,14 +81,19 @@ def test_the_holder_of_a_taken_port_is_named(taken: int) -> None:
     with pytest.raises(PortTaken) as caught:
         bind_all(settings(router=free, model=taken))
     message = str(caught.value)
-    assert message.startswith(f"cannot bind 127.0.0.1:{taken} for model 'alpha': it is held by pid {os.getpid()} (")
+    assert message.startswith(
+        f"cannot bind 127.0.0.1:{taken} for model 'alpha': it is held by pid {os.getpid()} ("
+    )
     assert "pytest" in message
     # What was bound before is free again.
     socket.create_server(("127.0.0.1", free)).close()
 
 
 def test_another_process_is_named_too() -> None:
-    code = "import socket,sys; s=socket.create_server(('127.0.0.1',0)); print(s.getsockname()[1],flush=True); sys.stdin.read()"
+    code = (
+        "import socket, sys\nsock = socket.create_server(('127.0.0.1', 0))\n"
+        "print(sock.getsockname()[1], flush=True)\nsys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -88,9 +107,9 @@ def test_another_process_is_named_too() -> None:
 
 def test_a_holder_that_cannot_be_seen_is_said_to_be(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def hidden(kind: str) -> Any:
-        raise sockets.psutil.AccessDenied
+        raise psutil.AccessDenied
 
-    monkeypatch.setattr(sockets.psutil, "net_connections", hidden)
+    monkeypatch.setattr(psutil, "net_connections", hidden)
     with pytest.raises(PortTaken, match=r"another process \(not visible to this user\)"):
         bind_all(settings(router=taken))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import uvloop
+from loguru import logger
 
 from citadel_supervisor.workers.parentage import become_subreaper
 from tests.conftest import processes_of
@@ -19,8 +21,15 @@ def pytest_asyncio_loop_factories(config: object, item: object) -> Mapping[str, 
     return {"uvloop": uvloop.new_event_loop}
 
 
+@pytest.fixture(autouse=True, scope="session")
+def plain_log() -> None:
+    """Without the values of variables, a failing test can be read."""
+    logger.remove()
+    logger.add(sys.stderr, diagnose=False, backtrace=False)
+
+
 class StartFleet(Protocol):
-    """Starts a fleet of fake engines: each keyword but `workers` and `models` is a flag of all."""
+    """Starts a fleet of fake engines: each keyword but `workers` and `models` is a flag of those without `env`."""
 
     def __call__(
         self,
@@ -43,7 +52,7 @@ async def start_fleet(run_dir: Path, fake_engine: Path) -> AsyncIterator[StartFl
     ) -> Rig:
         env = {f"FAKE_{name}": str(value) for name, value in flags.items()}
         fakes = {
-            name: {"python": str(fake_engine), **model, "env": env | model.get("env", {})}
+            name: {"python": str(fake_engine), "env": env, **model}
             for name, model in (models or {"alpha": {}}).items()
         }
         rig = make_rig(run_dir, fakes, **(workers or {}))

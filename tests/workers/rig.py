@@ -58,8 +58,12 @@ class EventLog:
 
     async def until(self, wanted: Callable[[], object]) -> None:
         """Return once `wanted()` is true; it is asked after each event."""
-        async with asyncio.timeout(SECONDS), self._came:
-            await self._came.wait_for(wanted)
+        try:
+            async with asyncio.timeout(SECONDS), self._came:
+                await self._came.wait_for(wanted)
+        except TimeoutError:
+            lines = "\n".join(map(str, self.events))
+            raise AssertionError(f"it has not come within {SECONDS:g} s; what came is\n{lines}") from None
 
     async def move(self, after: WorkerState, model: str = "alpha", generation: int | None = None) -> Transition:
         """The first transition to `after`, past or to come."""
@@ -168,16 +172,15 @@ async def ask(address: str, method: str, path: str, body: bytes) -> tuple[int, b
     except OSError as error:
         raise UpstreamRefused(str(error)) from error
     try:
-        writer.write(b"%s %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (
-            method.encode(), path.encode(), len(body), body
-        ))  # fmt: skip
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
         if length:
             data = await reader.readexactly(int(length))
         else:
             data = await reader.readuntil(b"\r\n0\r\n\r\n")
-        return int(head.split(b" ")[1]), data
+        return int(answer.split(b" ")[1]), data
     except (OSError, asyncio.IncompleteReadError) as error:
         raise UpstreamLost(str(error)) from error
     finally:
