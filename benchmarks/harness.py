@@ -194,7 +194,11 @@ def write(name: str, result: dict[str, Any]) -> None:
     """Keep a result as JSON beside what it was measured on."""
     RESULTS.mkdir(exist_ok=True)
     model_name = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         "unknown",
     )
     host = {

@@ -186,9 +186,9 @@ class WorkerSettings(Section):
     """Let workers share cores when there are fewer than the models ask for."""
     zygote: bool = True
     """Keep a warm process to fork workers from; false: every worker is spawned."""
-    known_answer_tolerance: Annotated[float, Field(allow_inf_nan=False, gt=0)] = 0.25
-    """Largest mean difference of log-probabilities to the record, in nats. bfloat16 against fp32
-    measures 0.04 to 0.05 on the demo checkpoint; a wrong weight gives whole nats."""
+    known_answer_tolerance: Annotated[float, Field(allow_inf_nan=False, gt=0)] = 0.1
+    """Largest mean difference of log-probabilities to the record, in nats. On the demo checkpoint bfloat16
+    measures 0.04 to 0.05 against float32; any one of its 272 tensors zeroed gives 0.106 or more."""
     backoff: BackoffSettings = BackoffSettings()
     """What happens after a loss."""
     health: HealthSettings = HealthSettings()

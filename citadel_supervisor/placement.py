@@ -20,7 +20,7 @@ class Placement:
 
 
 def place(settings: Settings, topology: Topology) -> Placement:
-    """Cores in configuration order, exclusive where there are enough.
+    """Cores in configuration order, exclusive where there are enough; models that are not enabled come last.
 
     With `workers.oversubscribe` and too few cores, each model gets what it asks for (at most all
     there are), starting where the model before it ended, round and round: more threads than cores in
@@ -37,8 +37,9 @@ def place(settings: Settings, topology: Topology) -> Placement:
     pool = free or topology.cpus
     cpus: dict[str, tuple[int, ...]] = {}
     at = 0
-    for name, model in settings.models.items():
+    for name, model in sorted(settings.models.items(), key=lambda item: not item[1].enabled):
         count = min(model.cores, len(pool))
         cpus[name] = tuple(sorted(pool[(at + offset) % len(pool)] for offset in range(count)))
         at += count
+    cpus = {name: cpus[name] for name in settings.models}
     return Placement(cpus, {name: len(mask) for name, mask in cpus.items()}, shared)

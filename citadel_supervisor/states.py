@@ -92,6 +92,8 @@ class WorkerSnapshot:
     generation: int = 0
     restarts: int = 0
     """Generations started after one that was lost, since the daemon began."""
+    last_loss: str = ""
+    """Why the last generation that was lost was lost."""
     pid: int | None = None
     """The API process of the present generation; `core_pid` is its engine core."""
     core_pid: int | None = None

@@ -24,6 +24,9 @@ from citadel_supervisor.workers.fleet import Fleet
 BOUND_AT_START = ("port", "aliases")
 """Settings of a model that the gateway reads once; changing them needs a restart of the daemon."""
 
+NOT_THE_ENGINES = ("description", "objectives", "concurrency", "memory")
+"""Settings of a model that are taken over without a new generation."""
+
 
 class Supervisor:
     """The operator's side of the daemon: control.protocol.SupervisorApi."""
@@ -81,6 +84,7 @@ class Supervisor:
             "core_pid": seen.core_pid,
             "generation": seen.generation,
             "restarts": seen.restarts,
+            "last_loss": seen.last_loss,
             "cpus": list(seen.cpus),
             "memory_bytes": self._fleet.memory.get(model, 0) if seen.pid else 0,
             "active_requests": seen.active_requests,
@@ -127,7 +131,8 @@ class Supervisor:
         changed = [
             name
             for name, model in applied.models.items()
-            if model != self._settings.models[name] or before.cpus[name] != after.cpus[name]
+            if _engine_part(model) != _engine_part(self._settings.models[name])
+            or before.cpus[name] != after.cpus[name]
         ]
         self._settings = applied
         self._fleet.apply(applied, after, changed)
@@ -158,6 +163,11 @@ class Supervisor:
         if wait:
             await self._fleet.worker(model).settled()
         return self.model_status(model)
+
+
+def _engine_part(model: ModelSettings) -> dict[str, Any]:
+    """What a new generation is needed for."""
+    return model.model_dump(exclude=set(NOT_THE_ENGINES))
 
 
 def merge(running: Settings, fresh: Settings) -> tuple[Settings, list[str]]:

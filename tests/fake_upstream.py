@@ -29,7 +29,7 @@ SECONDS = 5.0
 async def until(condition: Callable[[], bool]) -> None:
     """Give the event loop turns until `condition` holds; for what tells nobody when it changes."""
     async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0)
 
 

@@ -178,6 +178,7 @@ def model_details(model: dict[str, Any], *, width: int, colour: bool, now: datet
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     pid = f"{model['pid']} (engine core {model['core_pid'] or '–'})" if model["pid"] else "–"
+    loss = f"last loss: {model['last_loss']}" if model["last_loss"] else ""
     waiting = f", {model['waiting_requests']} waiting" if model["waiting_requests"] else ""
     for name, value in (
         ("model", model["id"]),
@@ -187,7 +188,7 @@ def model_details(model: dict[str, Any], *, width: int, colour: bool, now: datet
         ("port", str(model["port"])),
         ("pid", pid),
         ("generation", f"{model['generation']} ({model['launch'] or 'no process'})"),
-        ("restarts", str(model["restarts"])),
+        ("restarts", f"{model['restarts']} ({loss})" if loss else str(model["restarts"])),
         ("cpus", cpu_ranges(model["cpus"])),
         ("memory", size(model["memory_bytes"])),
         ("requests", f"{model['active_requests']} active{waiting}"),

@@ -37,10 +37,10 @@ class SupervisorApi(Protocol):
         "version", "uptime_s" (seconds), "pid", "ready" and "draining" (of the daemon), "memory_bytes" (its
         resident set), "config" (the file's path or None), "ports" ("router", "metrics", "health"),
         "zygote" ("state", "pid", "preload_s" in seconds), and "models": by id, each with
-        "id", "state", "reason", "port", "pid", "core_pid", "generation", "restarts", "cpus" (a list),
-        "memory_bytes" (proportional set size of the worker's process tree), "active_requests",
-        "waiting_requests", "since" (ISO 8601 with its timezone), "progress" (text), "launch",
-        "checkpoint", "ready_after_s" (seconds, None before).
+        "id", "state", "reason", "port", "pid", "core_pid", "generation", "restarts", "last_loss" (why),
+        "cpus" (a list), "memory_bytes" (proportional set size of the worker's process tree),
+        "active_requests", "waiting_requests", "since" (ISO 8601 with its timezone), "progress" (text),
+        "launch", "checkpoint", "ready_after_s" (seconds, None before).
         """
         ...
 

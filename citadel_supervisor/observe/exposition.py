@@ -43,7 +43,7 @@ class Exposition:
         names = list(self._workers)
         answers = await asyncio.gather(*(self._engine(self._workers[name]) for name in names))
         texts = {
-            (name, self._workers[name].snapshot().generation): answer.decode()
+            (name, self._workers[name].snapshot().generation): answer.decode(errors="replace")
             for name, answer in zip(names, answers, strict=True)
             if answer is not None
         }

@@ -8,9 +8,11 @@ systemd, to the journal; a terminal is spared it. Files are rotated daily and by
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -130,7 +132,11 @@ def _json_line(record: Record) -> str:
     }
     if record["exception"] is not None:
         data["exception"] = repr(record["exception"].value)
-    return msgspec.json.encode(data).decode()
+        data["trace"] = "".join(traceback.format_exception(record["exception"].value))
+    try:
+        return msgspec.json.encode(data).decode()
+    except UnicodeEncodeError:  # a file's name for instance may hold bytes that are no text
+        return json.dumps(data)
 
 
 def _subject(record: Record) -> str:

@@ -132,12 +132,16 @@ class _Chosen(Collector):
 def label_engine_series(texts: Mapping[tuple[str, int], str]) -> bytes:
     """Several engines' expositions in one: each sample with its model's id and generation.
 
-    `texts` is by (model, generation). Every engine calls itself `engine="0"`. Takes milliseconds an
-    engine: call it in a thread.
+    `texts` is by (model, generation). Every engine calls itself `engine="0"`. One whose exposition cannot
+    be read is left out. Takes milliseconds an engine: call it in a thread.
     """
     merged: dict[str, Metric] = {}
     for (model, generation), text in texts.items():
-        for family in text_string_to_metric_families(text):
+        try:
+            families = list(text_string_to_metric_families(text))
+        except (ValueError, IndexError):
+            continue
+        for family in families:
             if family.name.startswith(("python_", "process_")):
                 continue
             target = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))

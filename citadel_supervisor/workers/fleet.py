@@ -20,9 +20,10 @@ from citadel_supervisor.workers.lines import OpenOutput
 from citadel_supervisor.workers.memory import tree_memory
 from citadel_supervisor.workers.process import MARK, Orphans
 from citadel_supervisor.workers.spawn import preload_libraries
+from citadel_supervisor.workers.steps import Crew
 from citadel_supervisor.workers.verify import check_known_answer
 from citadel_supervisor.workers.watch import WorkerWatch
-from citadel_supervisor.workers.worker import Crew, Worker
+from citadel_supervisor.workers.worker import Worker
 from citadel_supervisor.workers.zygote import Zygote, ZygoteStatus
 
 AskAddress = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]

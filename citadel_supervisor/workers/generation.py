@@ -69,6 +69,7 @@ class Generation:
     def __init__(self, spec: LaunchSpec, workshop: Workshop, post: Callable[[Occurrence], None]) -> None:
         self.spec = spec
         self.launch = ""
+        """"zygote" or "spawn" once its process was asked for."""
         self.pid: int | None = None
         self.core_pid: int | None = None
         self._workshop = workshop
@@ -92,13 +93,13 @@ class Generation:
             reading, status_read = status_read, -1  # the reader's from here on, even if this is cancelled
             await read_lines(reading, self._on_line, self._on_empty)
             if zygote is None:
-                self.launch = "spawn"
                 environment = self._workshop.environment(self.spec, model)
                 pid = spawn_worker(self.spec, environment, status=status, output=output, python=model.python)
                 self._watch("API", pid)
+                self.launch = "spawn"
             else:
-                self.launch = "zygote"
                 asked = await zygote.launch(self.spec, status, output)
+                self.launch = "zygote"
                 self._forking = True
                 self._workshop.orphans.starting += 1
         finally:

@@ -102,9 +102,7 @@ class ProcessEntry:
 
     __slots__ = ("began", "cpu_ticks", "pid", "ppid", "session", "state")
 
-    def __init__(
-        self, pid: int, state: str, ppid: int, session: int, cpu_ticks: int, began: int = 0
-    ) -> None:
+    def __init__(self, pid: int, state: str, ppid: int, session: int, cpu_ticks: int, began: int = 0) -> None:
         self.pid = pid
         self.state = state
         self.ppid = ppid
@@ -144,9 +142,7 @@ def own_children() -> list[ProcessEntry]:
     return [entry for entry in entries if entry is not None]
 
 
-def tree_of(
-    leader: int, table: dict[int, ProcessEntry], besides: Iterable[int] = ()
-) -> list[ProcessEntry]:
+def tree_of(leader: int, table: dict[int, ProcessEntry], besides: Iterable[int] = ()) -> list[ProcessEntry]:
     """The processes of the leader's session and all descendants of the leader and of `besides`."""
     members = {leader, *besides}
     grew = True
@@ -181,13 +177,14 @@ async def end_tree(leader: int, patience_s: float = 10.0) -> bool:
         roots = {pid for pid, began in members.items() if pid in table and table[pid].began == began}
         found = tree_of(leader, table, roots)
         members = {entry.pid: entry.began for entry in found}
-        left = [entry for entry in found if not _gone(entry)]
-        if not left:
+        if not found:
             return True
+        # Reaped now still counts: it may have forked after the look that found it.
+        left = [entry for entry in found if not _gone(entry)]
         _kill(entry.pid for entry in left if entry.state != "Z")
         if asyncio.get_running_loop().time() > deadline:
             return all(entry.state == "Z" for entry in left)
-        await asyncio.sleep(pause)
+        await asyncio.sleep(pause if left else 0)
         pause = min(pause * 2, 0.1)
 
 
@@ -221,7 +218,7 @@ class Orphans:
     async def end_all(self, patience_s: float = 2.0) -> None:
         """Sweep until none is left; not while a launch is under way."""
         deadline = time.monotonic() + patience_s
-        while (self.sweep() or self._doomed) and not self.starting and time.monotonic() < deadline:
+        while (self.sweep() or self._doomed) and not self.starting and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
     def sweep(self) -> list[int]:

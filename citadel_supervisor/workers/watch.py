@@ -69,7 +69,7 @@ class WorkerWatch:
             entry = entries.get(pid) if pid is not None else None
             if entry is not None and entry.state == "T":
                 stopped = part
-        # A stopped API process answers nothing: each question would only put the next look off by its time-out.
+        # A stopped API process answers nothing: a question would only put the next look off by its time-out.
         if serving and now >= self._probe_due and stopped != "API process":
             await self._probe(now)
         if serving and work and stopped != "API process":

@@ -9,28 +9,19 @@ tagged with their generation, so that news of an old one is recognised.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from loguru import logger
 
 from citadel_supervisor.config import ModelSettings, WorkerSettings
-from citadel_supervisor.errors import (
-    CannotEverStart,
-    CommandRefused,
-    LaunchError,
-    NotReady,
-    VerifyError,
-    WorkerError,
-    WorkerExit,
-)
-from citadel_supervisor.events import Event, Transition, WorkerExited
+from citadel_supervisor.errors import CommandRefused, NotReady, WorkerExit
+from citadel_supervisor.events import Transition, WorkerExited
 from citadel_supervisor.states import SETTLED, TRANSITIONS, Progress, WorkerSnapshot, WorkerState
 from citadel_supervisor.workers.backoff import RestartBudget
-from citadel_supervisor.workers.generation import Emptied, Exited, Generation, Occurrence, Reported
+from citadel_supervisor.workers.changes import Changes
+from citadel_supervisor.workers.generation import Emptied, Exited, Generation, Reported
 from citadel_supervisor.workers.launch import Core, Fatal, Hello, Loading, Report, Serving
 from citadel_supervisor.workers.leases import Leases, WorkerLease
 from citadel_supervisor.workers.messages import (
@@ -45,26 +36,10 @@ from citadel_supervisor.workers.messages import (
     Verified,
 )
 from citadel_supervisor.workers.process import signal_name
-
-END_AGAIN_S = 1.0
-"""Between tries to end processes that did not end, for want of descriptors for instance."""
+from citadel_supervisor.workers.steps import Crew, Steps
 
 S = WorkerState
 Wanted = Literal["running", "drained", "stopped"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
-    """What a worker needs of its surroundings; injected, so that tests can stand in."""
-
-    publish: Callable[[Event], None]
-    make: Callable[[str, int, Callable[[Occurrence], None]], Generation]
-    """`make(model, number, post)`: a new generation, not started."""
-    verify: Callable[[str, ModelSettings, Generation], Coroutine[None, None, str]]
-    forget: Callable[[str], None] = lambda _address: None
-    """Told the address of a generation that is over."""
-    clock: Callable[[], float] = time.monotonic
-    random: Callable[[], float] = random.random
 
 
 class Worker:
@@ -78,29 +53,31 @@ class Worker:
         self._policy = policy
         self._crew = crew
         self._max_waiting = max_waiting
+        self._waiting = 0
+        self._changes = Changes()
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
-        self._tasks: asyncio.TaskGroup | None = None
+        self._steps = Steps(model_id, crew, self._inbox.put_nowait)
         self._seen = WorkerSnapshot(model_id, since=time.time())
-        self._changed: asyncio.Future[None] | None = None
         self._wanted: Wanted = "stopped"
         self._generation: Generation | None = None
         self._fatal: Fatal | None = None
         self._stop_reason = ""
         self._leases = Leases(self._on_idle)
-        self._waiting = 0
         self._drain_timer: asyncio.TimerHandle | None = None
         self._ends_after_drain = False
         self._retry_timer: asyncio.TimerHandle | None = None
         self._budget = RestartBudget(policy.backoff)
         self._began_at = 0.0
-        self._launching: asyncio.Task[None] | None = None
         self.loaded_marks: tuple[float, ...] = ()
 
     # What others may ask. None of these moves the state.
 
     def snapshot(self) -> WorkerSnapshot:
         """The worker at this moment."""
-        return replace(self._seen, active_requests=len(self._leases), waiting_requests=self._waiting)
+        launch = self._generation.launch if self._generation is not None else ""
+        return replace(
+            self._seen, active_requests=len(self._leases), waiting_requests=self._waiting, launch=launch
+        )
 
     @property
     def wanted(self) -> Wanted:
@@ -144,8 +121,7 @@ class Worker:
 
     async def settled(self) -> WorkerSnapshot:
         """Return once all that was asked so far is done and nothing is under way."""
-        while not self._is_settled():
-            await self._change()
+        await self._changes.until(self._is_settled)
         return self.snapshot()
 
     async def lease(self, wait_s: float) -> WorkerLease:
@@ -161,7 +137,7 @@ class Worker:
     async def run(self) -> None:
         """Own the state until cancelled; a generation that is left then is killed."""
         try:
-            async with asyncio.TaskGroup() as self._tasks:
+            async with self._steps:
                 while True:
                     self._handle_contained(await self._inbox.get())
         finally:
@@ -205,7 +181,7 @@ class Worker:
             case RetryDue():
                 if self._seen.state is S.BACKING_OFF:
                     self._begin(lost=True)
-        self._notify()
+        self._changes.tell()
 
     # What an operator asked.
 
@@ -260,7 +236,7 @@ class Worker:
             case Serving() if self._seen.state is S.LOADING:
                 self._move(S.VERIFYING)
                 assert self._generation is not None
-                self._task(self._verify, self._generation)
+                self._steps.verify(self._generation, self.model)
             case Fatal():
                 # The first is the cause, those after it are its consequences.
                 self._fatal = self._fatal or report
@@ -303,32 +279,10 @@ class Worker:
         generation = self._generation = self._crew.make(self.model_id, number, self._inbox.put_nowait)
         self._seen = replace(
             self._seen, generation=number, restarts=self._seen.restarts + lost, pid=None, core_pid=None,
-            progress=Progress("process"), ready_after_s=None, cpus=generation.spec.cpus, launch="",
+            progress=Progress("process"), ready_after_s=None, cpus=generation.spec.cpus,
         )  # fmt: skip
         self._move(S.STARTING)
-        self._launching = self._task(self._launch, generation)
-
-    async def _launch(self, generation: Generation) -> None:
-        number = generation.spec.generation
-        try:
-            await generation.start(self.model)
-        except CannotEverStart as error:
-            self._inbox.put_nowait(Failed(number, str(error), permanent=True))
-        except LaunchError as error:
-            self._inbox.put_nowait(Failed(number, str(error)))
-        if self._seen.generation == number:
-            self._seen = replace(self._seen, launch=generation.launch)
-
-    async def _verify(self, generation: Generation) -> None:
-        number = generation.spec.generation
-        try:
-            text = await self._crew.verify(self.model_id, self.model, generation)
-        except VerifyError as error:
-            self._inbox.put_nowait(Failed(number, str(error), permanent=True))
-        except WorkerError as error:
-            self._inbox.put_nowait(Failed(number, str(error)))
-        else:
-            self._inbox.put_nowait(Verified(number, text))
+        self._steps.launch(generation, self.model)
 
     def _await_idle(self, drain_s: float) -> None:
         number = self._seen.generation
@@ -355,26 +309,10 @@ class Worker:
     def _end(self, grace_s: float) -> None:
         if self._drain_timer is not None:
             self._drain_timer.cancel()
-        if self._launching is not None:
-            self._launching.cancel()
         generation = self._generation
         assert generation is not None
         self._leases.cut(self._seen.reason or "the worker is stopping")
-        self._task(self._finish, generation, grace_s)
-
-    async def _finish(self, generation: Generation, grace_s: float) -> None:
-        log = logger.bind(model=self.model_id)
-        number = generation.spec.generation
-        while True:
-            try:
-                if await generation.end(grace_s):
-                    break
-                log.error("processes of generation {} survive SIGKILL", number)
-            except Exception as error:  # whatever it is: nothing new is started while the old may live
-                log.opt(exception=error).error("generation {} cannot be ended: {!r}", number, error)
-            await asyncio.sleep(END_AGAIN_S)
-        self._crew.forget(generation.spec.socket)
-        self._inbox.put_nowait(Ended(generation.spec.generation))
+        self._steps.end(generation, grace_s)
 
     def _on_ended(self) -> None:
         """No process is left: what comes next depends on what is wanted now."""
@@ -389,6 +327,7 @@ class Worker:
 
     def _back_off(self) -> None:
         reason = self._fatal.message if self._fatal else self._seen.reason
+        self._seen = replace(self._seen, last_loss=reason)
         pause = self._budget.spend(self._crew.clock(), self._crew.random())
         if self._fatal is not None and self._fatal.permanent:
             self._move(S.QUARANTINED, reason)
@@ -414,27 +353,20 @@ class Worker:
                 reason=reason,
             )
         )
-        self._notify()
+        self._changes.tell()
 
     # Leases and those who wait.
 
     async def _until_ready(self, wait_s: float) -> None:
         if self._waiting >= self._max_waiting:
             raise NotReady(self.model_id, self._seen.state, f"{self._waiting} requests wait already", 5.0)
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + wait_s
         self._waiting += 1
         try:
-            while self._seen.state is not S.READY:
-                left = deadline - loop.time()
-                if not self._may_come() or left <= 0:
-                    raise NotReady(self.model_id, self._seen.state, self._why_not(), self._retry_after_s())
-                try:
-                    await asyncio.wait_for(self._change(), left)
-                except TimeoutError:
-                    continue
+            await self._changes.until(lambda: self._seen.ready or not self._may_come(), wait_s)
         finally:
             self._waiting -= 1
+        if not self._seen.ready:
+            raise NotReady(self.model_id, self._seen.state, self._why_not(), self._retry_after_s())
 
     def _may_come(self) -> bool:
         """Whether a generation that takes requests is on its way."""
@@ -449,33 +381,9 @@ class Worker:
     def _on_idle(self) -> None:
         if self._seen.state is S.DRAINING and self._ends_after_drain:
             self._inbox.put_nowait(DrainOver(self._seen.generation))
-        self._notify()
+        self._changes.tell()
 
     def _is_settled(self) -> bool:
         state = self._seen.state
         held = state is S.DRAINING and not self._ends_after_drain and not self._leases
         return self._inbox.empty() and (state in SETTLED or held)
-
-    def _change(self) -> asyncio.Future[None]:
-        """A future that is done after the next message; shared, so it must not be cancelled."""
-        if self._changed is None or self._changed.done():
-            self._changed = asyncio.get_running_loop().create_future()
-        return asyncio.shield(self._changed)
-
-    def _notify(self) -> None:
-        if self._changed is not None and not self._changed.done():
-            self._changed.set_result(None)
-
-    def _task(self, step: Callable[..., Coroutine[None, None, None]], *arguments: object) -> asyncio.Task[None]:
-        assert self._tasks is not None
-        return self._tasks.create_task(self._contain(self._seen.generation, step, *arguments))
-
-    async def _contain(
-        self, generation: int, step: Callable[..., Coroutine[None, None, None]], *arguments: object
-    ) -> None:
-        """A step that fails in a way nobody foresaw costs its generation, not the supervisor."""
-        try:
-            await step(*arguments)
-        except Exception as error:
-            logger.bind(model=self.model_id).exception("a step of generation {} failed", generation)
-            self._inbox.put_nowait(Failed(generation, f"{type(error).__name__}: {error}"))

@@ -31,6 +31,7 @@ def fake_model(model: str, port: int, **changes: Any) -> dict[str, Any]:
         "core_pid": 4_194_301,
         "generation": 1,
         "restarts": 0,
+        "last_loss": "",
         "cpus": [0, 1, 2, 3],
         "memory_bytes": 1_600_000_000,
         "active_requests": 2,

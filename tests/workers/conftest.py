@@ -29,7 +29,7 @@ def plain_log() -> None:
 
 
 class StartFleet(Protocol):
-    """Starts a fleet of fake engines: each keyword but `workers` and `models` is a flag of those without `env`."""
+    """Starts a fleet of fake engines: other keywords than `workers` and `models` are flags of the engines."""
 
     def __call__(
         self,

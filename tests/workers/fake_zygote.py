@@ -1,8 +1,8 @@
 """A zygote without vLLM: forks fake engines, in the way the real one does.
 
-    FAKE_ZYGOTE_FIFO=FIFO    waits for a byte of this FIFO before it says that it is warm
-    FAKE_ZYGOTE_HELLO=FIFO   what it forks waits for a byte of this FIFO before it says hello
-    FAKE_ZYGOTE_EXIT=CODE    exits instead of becoming warm
+FAKE_ZYGOTE_FIFO=FIFO    waits for a byte of this FIFO before it says that it is warm
+FAKE_ZYGOTE_HELLO=FIFO   what it forks waits for a byte of this FIFO before it says hello
+FAKE_ZYGOTE_EXIT=CODE    exits instead of becoming warm
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ class EventLog:
             lines = "\n".join(map(str, self.events))
             raise AssertionError(f"it has not come within {SECONDS:g} s; what came is\n{lines}") from None
 
-    async def move(self, after: WorkerState, model: str = "alpha", generation: int | None = None) -> Transition:
+    async def move(
+        self, after: WorkerState, model: str = "alpha", generation: int | None = None
+    ) -> Transition:
         """The first transition to `after`, past or to come."""
 
         def found() -> list[Transition]:
@@ -200,11 +202,11 @@ async def ended(pid: int) -> None:
     except ProcessLookupError:
         return
     loop = asyncio.get_running_loop()
-    over = loop.create_future()
-    loop.add_reader(watch, lambda: over.done() or over.set_result(None))
+    over = asyncio.Event()
+    loop.add_reader(watch, over.set)
     try:
         async with asyncio.timeout(SECONDS):
-            await over
+            await over.wait()
     finally:
         loop.remove_reader(watch)
         os.close(watch)

@@ -12,7 +12,8 @@ from citadel_supervisor.events import Event, Transition
 from citadel_supervisor.states import WorkerState
 from citadel_supervisor.workers.generation import Exited, Generation, Occurrence, Reported
 from citadel_supervisor.workers.launch import Core, Hello, LaunchSpec, Loading, Report, Serving
-from citadel_supervisor.workers.worker import Crew, Worker
+from citadel_supervisor.workers.steps import Crew
+from citadel_supervisor.workers.worker import Worker
 
 
 class StandIn(Generation):
@@ -21,7 +22,8 @@ class StandIn(Generation):
     def __init__(self, number: int, post: Callable[[Occurrence], None], stage: Stage) -> None:
         spec = LaunchSpec(
             model="alpha", generation=number, socket=f"/nowhere/{number}", scratch="/nowhere/scratch",
-            cache="/nowhere/cache", cpus=(0,), threads=1, argv=(), device="cpu", supervisor_pid=1, stop_grace_s=1,
+            cache="/nowhere/cache", cpus=(0,), threads=1, argv=(), device="cpu",
+            supervisor_pid=1, stop_grace_s=1,
         )  # fmt: skip
         super().__init__(spec, cast(Any, None), post)
         self._stage = stage
@@ -82,7 +84,9 @@ class Stage:
         self.start_fails: Exception | None = None
         self.generations: list[StandIn] = []
         self.events: list[Event] = []
-        crew = Crew(publish=self.events.append, make=self._make, verify=self._verify, clock=clock, random=random)
+        crew = Crew(
+            publish=self.events.append, make=self._make, verify=self._verify, clock=clock, random=random
+        )
         model = ModelSettings(port=0, checkpoint="/nowhere")
         settings = WorkerSettings.model_validate(policy or {"backoff": {"initial_s": 1e-4, "restarts": 50}})
         self.worker = Worker("alpha", model, settings, crew, max_waiting)
@@ -113,8 +117,7 @@ class Stage:
 
     async def until(self, state: WorkerState) -> None:
         async with asyncio.timeout(10):
-            while self.worker.snapshot().state is not state:
-                await self.worker._change()
+            await self.worker._changes.until(lambda: self.worker.snapshot().state is state)
 
     async def quiet(self) -> None:
         """Let everything that can happen without time passing happen."""

@@ -111,7 +111,9 @@ async def test_a_model_that_is_disabled_is_stopped_and_one_an_operator_stopped_s
     rig.fleet.workers["beta"].start()
     await rig.ready("beta")
     generation = rig.fleet.workers["beta"].generation
-    assert generation is not None and "--max-model-len=99" in generation.spec.argv, "it starts with the new ones"
+    assert generation is not None and "--max-model-len=99" in generation.spec.argv, (
+        "it starts with the new ones"
+    )
 
 
 async def test_memory_is_that_of_the_whole_tree(start_fleet: StartFleet) -> None:

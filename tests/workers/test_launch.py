@@ -30,7 +30,14 @@ from citadel_supervisor.workers.launch import (
 
 @pytest.mark.parametrize(
     "report",
-    [Hello(1), Core(2), Loading("weights", 10, 100), Loading("config"), Serving(), Fatal("why", permanent=True)],
+    [
+        Hello(1),
+        Core(2),
+        Loading("weights", 10, 100),
+        Loading("config"),
+        Serving(),
+        Fatal("why", permanent=True),
+    ],
 )
 def test_reports_travel_as_one_line(report: Report) -> None:
     line = encode_report(report)

@@ -28,8 +28,9 @@ async def loaded(rig: Rig, phase: str, done: int = 0) -> None:
     """Wait until the worker has come that far."""
     worker = rig.alpha
     async with asyncio.timeout(SECONDS):
-        while (worker.snapshot().progress.phase, worker.snapshot().progress.done) != (phase, done):
-            await worker._change()
+        await worker._changes.until(
+            lambda: (worker.snapshot().progress.phase, worker.snapshot().progress.done) == (phase, done)
+        )
 
 
 async def test_it_comes_up_by_itself_and_says_how_it_was_made(start_fleet: StartFleet) -> None:
@@ -39,10 +40,13 @@ async def test_it_comes_up_by_itself_and_says_how_it_was_made(start_fleet: Start
     assert (seen.generation, seen.restarts, seen.launch) == (1, 0, "spawn")
     assert seen.cpus == rig.alpha.generation.spec.cpus  # type: ignore[union-attr]
     assert seen.ready_after_s is not None and 0 < seen.ready_after_s < SECONDS
-    assert seen.pid is not None and seen.core_pid is not None
+    assert seen.pid is not None
+    assert seen.core_pid is not None
     assert sorted(session_of(seen.pid)) == sorted([seen.pid, seen.core_pid])
     lease = await rig.alpha.lease(0)
-    assert await complete(lease.address) and lease.generation == 1 and lease.alive()
+    assert await complete(lease.address)
+    assert lease.generation == 1
+    assert lease.alive()
     lease.release()
 
 

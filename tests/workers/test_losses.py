@@ -116,7 +116,7 @@ async def test_a_used_up_budget_is_quarantine_until_an_operator_acts(start_fleet
     assert seen.state is S.QUARANTINED and seen.pid is None
     assert "lost 3 generations within 600 s" in seen.reason and "exit code 3" in seen.reason
     assert [e.status for e in rig.log.exits()] == [3, 3, 3]
-    with pytest.raises(NotReady, match="quarantined.*exit code 3"):
+    with pytest.raises(NotReady, match=r"quarantined.*exit code 3"):
         await asyncio.wait_for(rig.alpha.lease(60), 1)
     rig.alpha.start()
     await rig.log.move(S.STARTING, generation=4)
@@ -209,7 +209,7 @@ def break_end(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         return await real(self, grace_s)
 
     monkeypatch.setattr(Generation, "end", end)
-    monkeypatch.setattr("citadel_supervisor.workers.worker.END_AGAIN_S", 0.01)
+    monkeypatch.setattr("citadel_supervisor.workers.steps.END_AGAIN_S", 0.01)
     break_verify(monkeypatch, error)
 
 
@@ -258,7 +258,9 @@ def resources() -> tuple[int, int]:
 async def test_twenty_crashes_leave_nothing_behind(start_fleet: StartFleet, run_dir: Path) -> None:
     temporary, shared = set(os.listdir("/tmp")), set(os.listdir("/dev/shm"))
     rig = await start_fleet(
-        LITTER=1, FORK_CHILDREN=1, workers={"backoff": {"initial_s": 0.001, "maximum_s": 0.001, "restarts": 99}}
+        LITTER=1,
+        FORK_CHILDREN=1,
+        workers={"backoff": {"initial_s": 0.001, "maximum_s": 0.001, "restarts": 99}},
     )
     await crash(rig, 3)
     before = resources()

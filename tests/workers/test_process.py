@@ -74,7 +74,12 @@ PAUSE = "ready()\nsignal.pause()"
 async def test_a_watch_tells_the_exact_status_once(spawn: Spawn, code: str, status: int, text: str) -> None:
     seen: list[int] = []
     told = asyncio.Event()
-    watch = ProcessWatch(spawn(code), lambda status: (seen.append(status), told.set())[0])
+
+    def on_exit(status: int) -> None:
+        seen.append(status)
+        told.set()
+
+    watch = ProcessWatch(spawn(code), on_exit)
     async with asyncio.timeout(SECONDS):
         await told.wait()
     assert seen == [status] and signal_name(status) == text
@@ -111,12 +116,18 @@ async def test_a_watch_asks_the_kernel_and_signals_only_its_own_process(spawn: S
 async def test_how_the_child_of_another_ended_is_read_while_it_can_be(
     spawn: Spawn, parent: str, status: int
 ) -> None:
-    code = "if not os.fork():\n    ready()\n    signal.sigwait([signal.SIGUSR1])\n    os._exit(3)\nsignal.pause()"
+    child = "ready()\n    signal.sigwait([signal.SIGUSR1])\n    os._exit(3)"
+    code = f"if not os.fork():\n    {child}\nsignal.pause()"
     leader = spawn(f"{parent}\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n{code}")
     (grandchild,) = [entry for entry in process_table().values() if entry.ppid == leader]
     seen: list[int] = []
     told = asyncio.Event()
-    watch = ProcessWatch(grandchild.pid, lambda status: (seen.append(status), told.set())[0])
+
+    def on_exit(status: int) -> None:
+        seen.append(status)
+        told.set()
+
+    watch = ProcessWatch(grandchild.pid, on_exit)
     watch.signal(signal.SIGUSR1)
     async with asyncio.timeout(SECONDS):
         await told.wait()

@@ -43,7 +43,14 @@ async def tiny(run_dir: Path, fake_engine: Path) -> AsyncIterator[Run]:
 
     async def run(**flags: object) -> Tiny:
         switches = [f"FAKE_{name}={value}" for name, value in flags.items()]
-        command = [sys.executable, "-m", "tests.workers.tiny_supervisor", run_dir, fake_engine, *switches]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.workers.tiny_supervisor",
+            str(run_dir),
+            str(fake_engine),
+            *switches,
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
         assert process.stdout is not None
         async with asyncio.timeout(SECONDS):

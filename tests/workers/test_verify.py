@@ -25,7 +25,10 @@ LOGPROBS = [-1.5, -0.25]
 
 def answer(ids: list[int] = IDS, values: list[float] = LOGPROBS) -> bytes:
     """What vLLM answers to prompt_logprobs=0 with return_token_ids."""
-    entries = [{str(i): {"logprob": v, "rank": 1, "decoded_token": "x"}} for i, v in zip(ids[1:], values, strict=True)]
+    entries = [
+        {str(i): {"logprob": v, "rank": 1, "decoded_token": "x"}}
+        for i, v in zip(ids[1:], values, strict=True)
+    ]
     choice = {"index": 0, "text": "", "prompt_logprobs": [None, *entries], "prompt_token_ids": ids}
     return json.dumps({"choices": [choice]}).encode()
 
@@ -58,7 +61,13 @@ def records(tmp_path: Path) -> Path:
 
 def ship(model: ModelSettings, **fields: Any) -> None:
     """Put a record into the checkpoint, as its makers would."""
-    known = {"prompt": "a b c", "token_ids": IDS, "logprobs": LOGPROBS, "dtype": "float32", "made_with": "a test"}
+    known = {
+        "prompt": "a b c",
+        "token_ids": IDS,
+        "logprobs": LOGPROBS,
+        "dtype": "float32",
+        "made_with": "a test",
+    }
     (model.checkpoint_path / FILE_NAME).write_text(json.dumps({"version": 1, **known, **fields}))
 
 
@@ -77,7 +86,9 @@ async def test_a_close_answer_is_right(model: ModelSettings, records: Path) -> N
 async def test_the_mean_difference_counts_not_a_single_one(model: ModelSettings, records: Path) -> None:
     ship(model)
     assert await check(Engine(answer(values=[-1.5 - 0.49, -0.25])), model, records)
-    with pytest.raises(VerifyError, match=r"wrong known answer.*differ by 0.255 nats on average, 0.25 allowed"):
+    with pytest.raises(
+        VerifyError, match=r"wrong known answer.*differ by 0.255 nats on average, 0.25 allowed"
+    ):
         await check(Engine(answer(values=[-1.5 - 0.51, -0.25])), model, records)
 
 
@@ -134,7 +145,7 @@ async def test_the_first_run_is_kept_and_the_next_is_compared_with_it(
 
 
 async def test_what_does_not_repeat_is_refused(model: ModelSettings, records: Path) -> None:
-    with pytest.raises(VerifyError, match="0.0020 nats apart: it does not repeat"):
+    with pytest.raises(VerifyError, match=r"0\.0020 nats apart: it does not repeat"):
         await check(Engine(answer(), answer(values=[-1.502, -0.25])), model, records)
     with pytest.raises(VerifyError, match="it does not repeat"):
         await check(Engine(answer(), answer([7, 8], [-1.5])), model, records)

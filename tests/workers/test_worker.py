@@ -40,7 +40,9 @@ async def test_the_wait_grows_on_the_injected_clock_and_draw() -> None:
 
 async def test_losses_older_than_the_window_are_forgotten() -> None:
     now = 0.0
-    async with Stage({"backoff": {"initial_s": 1e-3, "restarts": 1, "window_s": 60}}, clock=lambda: now) as stage:
+    async with Stage(
+        {"backoff": {"initial_s": 1e-3, "restarts": 1, "window_s": 60}}, clock=lambda: now
+    ) as stage:
         stage.worker.start()
         for _ in range(5):
             await stage.until(S.READY)

@@ -1,4 +1,4 @@
-"""Workers forked from a warm process, which may die, fail or do nothing: a fake one, and the real one once."""
+"""Workers forked from a warm process, which may die, fail or do nothing: a fake one, once the real one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def fork_fleet(start_fleet: StartFleet, monkeypatch: pytest.MonkeyPatch, run_dir
     async def start(*names: str, **flags: object) -> Rig:
         for name, value in flags.items():
             monkeypatch.setenv(f"FAKE_{name}", str(value))
-        models: dict[str, dict[str, Any]] = {name: {"python": None, "env": {}} for name in names or ("alpha",)}
+        models: dict[str, dict[str, Any]] = {
+            name: {"python": None, "env": {}} for name in names or ("alpha",)
+        }
         return await start_fleet(models)
 
     return start
@@ -212,7 +214,7 @@ async def test_stopping_while_the_zygote_loads_is_at_once(fork_fleet: ForkFleet,
 
 @pytest.mark.engine
 async def test_the_real_zygote_forks_a_real_worker(start_fleet: StartFleet, run_dir: Path) -> None:
-    model = {
+    model: dict[str, object] = {
         "python": None, "env": {}, "checkpoint": str(checkpoint_dir("SmolLM2-135M-Instruct")),
         "kv_cache": "64MiB", "max_model_len": 256,
     }  # fmt: skip
@@ -224,7 +226,9 @@ async def test_the_real_zygote_forks_a_real_worker(start_fleet: StartFleet, run_
     zygote = rig.fleet.zygote_status().pid
     assert seen.pid and seen.core_pid and zygote
     assert sorted(processes_of(run_dir)) == sorted([seen.pid, seen.core_pid, zygote]), "each carries the mark"
-    titles = [Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode() for pid in processes_of(run_dir)]
+    titles = [
+        Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode() for pid in processes_of(run_dir)
+    ]
     assert set(titles) == {
         "citadel: zygote", "citadel: alpha API (generation 1)", "citadel: alpha engine core (generation 1)",
     }  # fmt: skip

@@ -1,4 +1,6 @@
-"""A supervisor and nothing else, to be killed: `python -m tests.workers.tiny_supervisor RUN_DIR PYTHON FLAG=VALUE...`.
+"""A supervisor and nothing else, to be killed.
+
+    python -m tests.workers.tiny_supervisor RUN_DIR PYTHON FLAG=VALUE...
 
 Prints the pids of its worker's processes as JSON once that is ready, and runs until it is ended.
 """
