@@ -425,6 +425,8 @@ def fork_children(flags: Flags) -> None:
         if between:
             if number >= children:
                 os.waitpid(between, 0)
+            else:
+                os.read(ready, 1)
             continue
         if number >= children and os.fork():
             os.read(ready, 1)
@@ -432,8 +434,7 @@ def fork_children(flags: Flags) -> None:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         parentage._prctl(parentage.PR_SET_PDEATHSIG, 0)
-        if number >= children:
-            os.write(done, b".")
+        os.write(done, b".")
         while True:
             signal.pause()
     os.close(ready)

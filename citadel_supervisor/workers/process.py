@@ -13,7 +13,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 MARK = "CITADEL_RUNTIME"
@@ -123,10 +123,17 @@ def read_process(pid: int) -> ProcessEntry | None:
     return ProcessEntry(pid, fields[0], int(fields[1]), int(fields[3]), ticks, int(fields[19]))
 
 
+def processes() -> Iterator[ProcessEntry]:
+    """Every process of the host, those with the highest pids, mostly the newest, first."""
+    for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):
+        entry = read_process(pid)
+        if entry is not None:
+            yield entry
+
+
 def process_table() -> dict[int, ProcessEntry]:
     """Every process of the host by pid; takes a few milliseconds for some hundred processes."""
-    entries = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
-    return {entry.pid: entry for entry in entries if entry is not None}
+    return {entry.pid: entry for entry in processes()}
 
 
 def own_children() -> list[ProcessEntry]:
@@ -181,6 +188,8 @@ async def end_tree(leader: int, patience_s: float = 10.0) -> bool:
             return True
         # Reaped now still counts: it may have forked after the look that found it.
         left = [entry for entry in found if not _gone(entry)]
+        if any(entry.session == leader for entry in left):
+            _kill_group(leader)
         _kill(entry.pid for entry in left if entry.state != "Z")
         if asyncio.get_running_loop().time() > deadline:
             return all(entry.state == "Z" for entry in left)
@@ -197,6 +206,12 @@ def _kill(pids: Iterable[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _kill_group(leader: int) -> None:
+    """SIGKILL the session's first group, with most or all of the tree in it, faster than any fork."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 class Orphans:
@@ -225,11 +240,15 @@ class Orphans:
         """Kill and reap them; returns the pids newly found. Takes less than a millisecond."""
         if self.starting:
             return []
-        mine = own_children()
-        strangers = [entry for entry in mine if entry.pid not in self.known]
+        mine = {entry.pid: entry for entry in own_children()}
+        for pid in self._doomed - mine.keys():  # the kernel's list may leave out one while another ends
+            entry = read_process(pid)
+            if entry is not None and entry.ppid == os.getpid():
+                mine[pid] = entry
+        strangers = [entry for entry in mine.values() if entry.pid not in self.known]
         zombies = {entry.pid for entry in strangers if entry.state == "Z"}
         self._zombies = {pid: self._zombies.get(pid, time.monotonic()) for pid in zombies}
-        self._doomed &= {entry.pid for entry in mine}
+        self._doomed &= mine.keys()
         strangers = [entry for entry in strangers if self._ours(entry)]
         found = [entry.pid for entry in strangers if entry.pid not in self._doomed]
         for entry in strangers:

@@ -21,6 +21,9 @@ from citadel_supervisor.workers.spawn import spawn_python
 
 ZYGOTE_MODULE = "citadel_supervisor.workers.zygote_process"
 
+TITLE_ROOM = " " * 64
+"""A further argument: a title cannot be longer than the command line was, and an id has up to 63 letters."""
+
 PRELOAD_WITHIN_S = 300.0
 """Seconds of imports: 7 from a warm page cache, a minute or two from a slow disk."""
 
@@ -102,7 +105,7 @@ class Zygote:
         output = await self._open_output("zygote")
         try:
             pid = spawn_python(
-                ZYGOTE_MODULE, [str(os.getpid()), *self._architectures], self._environment,
+                ZYGOTE_MODULE, [str(os.getpid()), *self._architectures, TITLE_ROOM], self._environment,
                 channel=theirs.fileno(), output=output,
             )  # fmt: skip
         except LaunchError as error:

@@ -40,7 +40,7 @@ def main() -> NoReturn:
     setproctitle.setproctitle("citadel: zygote (loading)")
     die_with_parent(supervisor)
     channel = socket.socket(fileno=CHANNEL_FD)
-    parser = preload(tuple(sys.argv[2:]))
+    parser = preload(tuple(name for name in sys.argv[2:] if name.strip()))
     setproctitle.setproctitle("citadel: zygote")
     ready = ZygoteReady(time.monotonic() - started, len(os.listdir("/proc/self/task")))
     channel.send(msgspec.json.encode(ready))

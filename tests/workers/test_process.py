@@ -252,6 +252,22 @@ async def test_orphans_of_ours_are_ended_and_others_left(spawn: Spawn, tmp_path:
     assert read_process(known) is not None and read_process(other) is not None
 
 
+async def test_one_that_the_kernels_list_leaves_out_is_not_forgotten(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orphans = Orphans(tmp_path)
+    stranger = adopt(spawn, tmp_path)
+    assert orphans.sweep() == [stranger]
+    watch = os.pidfd_open(stranger)
+    wait_for_end(watch)
+    os.close(watch)
+    with monkeypatch.context() as patched:  # proc(5): children may be omitted while others exit
+        patched.setattr("citadel_supervisor.workers.process.own_children", list)
+        orphans.sweep()
+    orphans.sweep()
+    assert read_process(stranger) is None
+
+
 async def test_an_orphan_that_ended_by_itself_is_reaped(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
