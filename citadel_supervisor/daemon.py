@@ -41,11 +41,14 @@ from citadel_supervisor.placement import place
 from citadel_supervisor.states import WorkerSnapshot, WorkerState
 from citadel_supervisor.supervisor import Supervisor
 from citadel_supervisor.topology import read_topology
-from citadel_supervisor.workers.fleet import STOPPING, Fleet
+from citadel_supervisor.workers.fleet import STOPPING, Fleet, worker_socket
 from citadel_supervisor.workers.parentage import become_subreaper
 from citadel_supervisor.workers.process import end_survivors
 
 STATUS_EVERY_S = 5.0
+LONGEST_SOCKET_PATH = 107
+"""What the kernel's sockaddr_un holds."""
+MOST_GENERATIONS = 999_999
 START_TIMEOUT_STEP_S = 120.0
 """While a worker is loading and moving, systemd is asked for this much more time."""
 
@@ -55,6 +58,7 @@ def run(settings: Settings, config_path: Path | None) -> int:
 
     Raises StartError or ConfigError, before any worker exists, when it cannot start.
     """
+    _check_paths(settings)
     setproctitle.setproctitle("citadel-supervisor")
     become_subreaper()
     with _locked(settings.runtime):
@@ -62,6 +66,15 @@ def run(settings: Settings, config_path: Path | None) -> int:
         with contextlib.closing(bind_all(settings)) as ports:
             control = bind_control_socket(settings.socket, settings.control.group)
             return uvloop.run(_main(settings, config_path, ports, control))
+
+
+def _check_paths(settings: Settings) -> None:
+    """Raises StartError if an engine's socket would have a longer path than the kernel takes."""
+    longest = worker_socket(settings.runtime, max(settings.models, key=len), MOST_GENERATIONS)
+    if len(os.fsencode(longest)) > LONGEST_SOCKET_PATH:
+        raise StartError(
+            f"{longest}: a socket's path has at most {LONGEST_SOCKET_PATH} bytes; shorten runtime_dir"
+        )
 
 
 @contextlib.contextmanager

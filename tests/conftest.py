@@ -48,6 +48,7 @@ def kill_everything_of(runtime: Path) -> list[int]:
             os.kill(pid, signal.SIGKILL)
             wait_for_end(watch)
             os.close(watch)
+    for pid in found:  # now that their parents have ended too, all are ours
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
     return found

@@ -50,7 +50,7 @@ class KnownAnswer(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except OSError as error:
             raise CheckpointError(f"cannot read the known answer {path}: {error.strerror}") from error
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise CheckpointError(f"the known answer {path} is not valid: {error}; record it anew") from error
 
     def save(self, path: Path) -> None:

@@ -26,11 +26,17 @@ from citadel_supervisor.workers.watch import WorkerWatch
 from citadel_supervisor.workers.worker import Worker
 from citadel_supervisor.workers.zygote import Zygote, ZygoteStatus
 
+
 AskAddress = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]
 """`ask(address, method, path, body)`: one HTTP exchange with the engine at a unix socket."""
 
 LOOK_EVERY_S = 5.0
 STOPPING = "the supervisor is stopping"
+
+
+def worker_socket(runtime: Path, model: str, generation: int) -> Path:
+    """Where a generation's engine listens."""
+    return runtime / "workers" / f"{model}.{generation}.sock"
 
 
 class Fleet:
@@ -164,7 +170,7 @@ class Fleet:
         spec = LaunchSpec(
             model=name,
             generation=number,
-            socket=str(place / f"{name}.{number}.sock"),
+            socket=str(worker_socket(self._runtime, name, number)),
             scratch=str(place / f"{name}.{number}"),
             cache=str(self._cache),
             cpus=cpus,

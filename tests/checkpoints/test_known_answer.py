@@ -54,6 +54,9 @@ def test_half_a_record_and_none_at_all_are_refused(tmp_path: Path) -> None:
     path.write_bytes(msgspec.json.encode(VALID)[:40])
     with pytest.raises(CheckpointError, match="is not valid"):
         KnownAnswer.load(path)
+    path.write_bytes(msgspec.json.encode(VALID).replace(b"a b c", b"\xff\xfe"))
+    with pytest.raises(CheckpointError, match="is not valid"):
+        KnownAnswer.load(path)
 
 
 @pytest.mark.engine
