@@ -26,7 +26,6 @@ from citadel_supervisor.workers.watch import WorkerWatch
 from citadel_supervisor.workers.worker import Worker
 from citadel_supervisor.workers.zygote import Zygote, ZygoteStatus
 
-
 AskAddress = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]
 """`ask(address, method, path, body)`: one HTTP exchange with the engine at a unix socket."""
 
