@@ -13,6 +13,7 @@ import uvloop
 from loguru import logger
 
 from citadel_supervisor.workers.parentage import become_subreaper
+from citadel_supervisor.workers.process import own_children
 from tests.conftest import processes_of
 from tests.workers.rig import Rig, make_rig, zombies
 
@@ -43,6 +44,7 @@ class StartFleet(Protocol):
 async def start_fleet(run_dir: Path, fake_engine: Path) -> AsyncIterator[StartFleet]:
     """Fleets that are ended after the test; then no process, zombie, socket or file of theirs is left."""
     become_subreaper()
+    before = {entry.pid for entry in own_children()}  # what an earlier test left is not this one's
     rigs: list[Rig] = []
 
     async def start(
@@ -64,8 +66,8 @@ async def start_fleet(run_dir: Path, fake_engine: Path) -> AsyncIterator[StartFl
     crashed = [rig for rig in rigs if rig.crashed]
     for rig in rigs:
         await rig.close()
-    unreaped = zombies()
-    for pid in unreaped:  # else they would count against every test after this one
+    unreaped = [pid for pid in zombies() if pid not in before]
+    for pid in unreaped:  # else they would count against later tests as well
         os.waitpid(pid, 0)
     assert not crashed, "the fleet itself ended during the test"
     assert processes_of(run_dir) == []
