@@ -26,7 +26,7 @@ from citadel_supervisor import __version__
 from citadel_supervisor.config import Settings
 from citadel_supervisor.config_load import load_settings
 from citadel_supervisor.control.peers import Gate
-from citadel_supervisor.control.server import ControlServer, bind_control_socket
+from citadel_supervisor.control.server import PATH_BYTES, ControlServer, bind_control_socket
 from citadel_supervisor.errors import AlreadyRunning, CitadelError, ConfigError, DaemonExit, StartError
 from citadel_supervisor.events import EventBus
 from citadel_supervisor.gateway.ports import build_apps
@@ -46,9 +46,8 @@ from citadel_supervisor.workers.parentage import become_subreaper
 from citadel_supervisor.workers.process import end_survivors
 
 STATUS_EVERY_S = 5.0
-LONGEST_SOCKET_PATH = 107
-"""What the kernel's sockaddr_un holds."""
 MOST_GENERATIONS = 999_999
+"""The number of digits that a socket's path must have room for."""
 START_TIMEOUT_STEP_S = 120.0
 """While a worker is loading and moving, systemd is asked for this much more time."""
 
@@ -71,10 +70,8 @@ def run(settings: Settings, config_path: Path | None) -> int:
 def _check_paths(settings: Settings) -> None:
     """Raises StartError if an engine's socket would have a longer path than the kernel takes."""
     longest = worker_socket(settings.runtime, max(settings.models, key=len), MOST_GENERATIONS)
-    if len(os.fsencode(longest)) > LONGEST_SOCKET_PATH:
-        raise StartError(
-            f"{longest}: a socket's path has at most {LONGEST_SOCKET_PATH} bytes; shorten runtime_dir"
-        )
+    if len(os.fsencode(longest)) > PATH_BYTES:
+        raise StartError(f"{longest}: a socket's path has at most {PATH_BYTES} bytes; shorten runtime_dir")
 
 
 @contextlib.contextmanager

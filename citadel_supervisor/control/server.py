@@ -35,7 +35,7 @@ MAX_PIPELINED = 16
 _HEAD_DEADLINE_S = 10.0
 _LINGER_S = 1.0
 """How long a refused client may take to read why."""
-_PATH_BYTES = 107
+PATH_BYTES = 107
 """What the kernel's sockaddr_un holds."""
 
 
@@ -47,9 +47,9 @@ def bind_control_socket(path: Path, group: str | None = None) -> socket.socket:
     (0755) if it is missing. `ControlServer.stop` removes the socket.
     """
     gate = Gate.for_group(group)
-    if len(os.fsencode(path)) > _PATH_BYTES:
+    if len(os.fsencode(path)) > PATH_BYTES:
         raise StartError(
-            f"control socket {path}: a socket's path has at most {_PATH_BYTES} bytes; shorten runtime_dir"
+            f"control socket {path}: a socket's path has at most {PATH_BYTES} bytes; shorten runtime_dir"
         )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:

@@ -174,9 +174,6 @@ def _coloured_line(record: Record) -> str:
 class EngineLines:
     """Takes in what engines print."""
 
-    def __init__(self) -> None:
-        self._tasks: set[object] = set()
-
     async def open(self, name: str) -> int:
         """A descriptor to write lines to, logged as the model's own; the caller closes it."""
         reading, writing = os.pipe()

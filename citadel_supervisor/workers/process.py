@@ -13,7 +13,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 MARK = "CITADEL_RUNTIME"
@@ -123,17 +123,10 @@ def read_process(pid: int) -> ProcessEntry | None:
     return ProcessEntry(pid, fields[0], int(fields[1]), int(fields[3]), ticks, int(fields[19]))
 
 
-def processes() -> Iterator[ProcessEntry]:
-    """Every process of the host, those with the highest pids, mostly the newest, first."""
-    for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):
-        entry = read_process(pid)
-        if entry is not None:
-            yield entry
-
-
 def process_table() -> dict[int, ProcessEntry]:
     """Every process of the host by pid; takes a few milliseconds for some hundred processes."""
-    return {entry.pid: entry for entry in processes()}
+    entries = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return {entry.pid: entry for entry in entries if entry is not None}
 
 
 def own_children() -> list[ProcessEntry]:
